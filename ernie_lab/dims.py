@@ -25,12 +25,17 @@ DIMS = MappingProxyType(
         "e": "routed expert",
         "k": "slot: one of the experts chosen for a token",
         "f": "hidden width of an MLP or of an expert",
-        "n": "tokens, flattened over batch and sequence",
+        "n": "tokens, flattened over batch and sequence; in a bank, its own tokens alone",
         "j": "(token, slot) row, flattened, in whatever order the code says",
         "p": "packed vision patch",
         "w": "vision width",
         "m": "merged (resampled) image token",
         "r": "rotary axis (time, height, width)",
+        "i": "frame: an image, or one frame of a clip",
+        "u": "vision patch that is attended to, within a frame",
+        "o": "block of 2 x 2 patches of one frame",
+        "x": "width of the resampler",
+        "q": "pixels of one patch, over its channels",
     }
 )
 
@@ -54,6 +59,11 @@ AXIS_NAMES = MappingProxyType(
         "w": "vision_width",
         "m": "image_token",
         "r": "rotary_axis",
+        "i": "frame",
+        "u": "key_patch",
+        "o": "block",
+        "x": "resampler_width",
+        "q": "pixel",
     }
 )
 

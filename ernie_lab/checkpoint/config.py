@@ -200,6 +200,11 @@ class TextConfig:
             )
 
     @property
+    def decoder(self) -> TextConfig:
+        """The text decoder's config, whichever kind of model this is."""
+        return self
+
+    @property
     def use_bias(self) -> bool:
         """Biases in the projections of attention and MLPs (never in routed experts)."""
         return self.attention.use_bias
@@ -227,6 +232,11 @@ class VisionConfig:
     def __post_init__(self) -> None:
         _require_sizes(self, "depth", "width", "hidden", "n_heads", "patch_size", "merge_size")
         _require_sizes(self, "temporal_merge_size", "in_channels")
+        if self.width % (4 * self.n_heads):
+            raise ConfigError(
+                f"vision width={self.width} must be a multiple of 4 x n_heads={self.n_heads}: "
+                "a head rotates pairs along the height and pairs along the width"
+            )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -252,6 +262,15 @@ class VLConfig:
 
     def __post_init__(self) -> None:
         _require_sizes(self, "vision_expert_hidden")
+        if self.text.moe is None:
+            raise ConfigError("a vision-language model has mixture layers, its text has none")
+        if self.text.rope.sections is None:
+            raise ConfigError("a vision-language model needs the rope sections of 3-D positions")
+
+    @property
+    def decoder(self) -> TextConfig:
+        """The text decoder's config, whichever kind of model this is."""
+        return self.text
 
 
 ModelConfig: TypeAlias = TextConfig | VLConfig

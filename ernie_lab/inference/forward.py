@@ -14,7 +14,8 @@ from torch.nn.functional import cross_entropy
 
 from ernie_lab.inputs.batch import Batch
 from ernie_lab.model.losses import IGNORED
-from ernie_lab.model.text import Hidden, TextModel
+from ernie_lab.model.stack import Hidden
+from ernie_lab.model.text import TextModel
 from ernie_lab.sites import BindableTap, Step, Tap, idle
 
 LogitsWanted = Literal["all", "last", "loss"]
@@ -71,7 +72,11 @@ def forward(
         if logits != "last":
             targets_BS = predicted(batch, batch.input_ids if labels is None else labels)
             token_loss = _token_loss(model, hidden, kept_BSV, targets_BS)
-        aux, aux_transformers = hidden.aux_losses() if hidden.routings else (None, None)
+        aux = aux_transformers = None
+        if hidden.routings:
+            by_bank = hidden.aux_losses()
+            aux = by_bank["text"] if isinstance(model, TextModel) else by_bank
+            aux_transformers = hidden.aux_loss_transformers()
         loss = None if token_loss is None else token_loss[~token_loss.isnan()].mean()
     return Forward(kept_BSV, token_loss, loss, aux, aux_transformers)
 

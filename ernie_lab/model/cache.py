@@ -11,12 +11,16 @@ class KVCache:
 
     A forward pass writes behind `length` and moves `length` only when it has finished, so an
     interrupted pass leaves the cache as it was: the next one overwrites the unfinished rows.
+
+    `next_position_B` is where each sequence goes on, which after a picture is not `length`.
+    transformers keeps this on the model, where a later call may find a stale one.
     """
 
     def __init__(self, n_layers: int) -> None:
         self._keys: list[Tensor | None] = [None] * n_layers
         self._values: list[Tensor | None] = [None] * n_layers
         self.length = 0
+        self.next_position_B: Tensor | None = None
 
     def get_seq_length(self) -> int:
         """`length`, by transformers' name."""
@@ -29,9 +33,10 @@ class KVCache:
             self._write(self._values, layer, v_BSGA),
         )
 
-    def commit(self, n_new: int) -> None:
+    def commit(self, n_new: int, next_position_B: Tensor | None = None) -> None:
         """Called once at the very end of a pass, when nothing of it can fail any more."""
         self.length += n_new
+        self.next_position_B = next_position_B
 
     def _write(self, store: list[Tensor | None], layer: int, new_BSGA: Tensor) -> Tensor:
         end = self.length + new_BSGA.shape[1]

@@ -15,6 +15,8 @@ from ernie_lab.sites import Site, Tap, idle
 
 @dataclass(frozen=True, slots=True)
 class ExpertSites:
+    """`rows` are the dims of the rows: `b s` in a text model, `n` in a bank."""
+
     gate: Site
     up: Site
     act: Site
@@ -22,23 +24,16 @@ class ExpertSites:
     slot_out: Site
 
     @classmethod
-    def under(cls, path: str) -> ExpertSites:
-        def neuron(name: str, meaning: str) -> Site:
-            return Site(f"{path}.{name}", "b s k f", meaning, on_demand=True)
+    def under(cls, path: str, rows: str = "b s") -> ExpertSites:
+        def site(name: str, last: str, meaning: str) -> Site:
+            return Site(f"{path}.{name}", f"{rows} k {last}", meaning, on_demand=True)
 
         return cls(
-            gate=neuron("expert_gate", "gate of the chosen expert, before silu"),
-            up=neuron("expert_up", "up projection of the chosen expert"),
-            act=neuron("expert_act", "neurons of the chosen expert: silu(gate) * up"),
-            out=Site(
-                f"{path}.expert_out",
-                "b s k d",
-                "output of the chosen expert, before its weight",
-                on_demand=True,
-            ),
-            slot_out=Site(
-                f"{path}.slot_out", "b s k d", "expert_out x expert_weights", on_demand=True
-            ),
+            gate=site("expert_gate", "f", "gate of the chosen expert, before silu"),
+            up=site("expert_up", "f", "up projection of the chosen expert"),
+            act=site("expert_act", "f", "neurons of the chosen expert: silu(gate) * up"),
+            out=site("expert_out", "d", "output of the chosen expert, before its weight"),
+            slot_out=site("slot_out", "d", "expert_out x expert_weights"),
         )
 
 
@@ -46,6 +41,7 @@ class ExpertSites:
 class Dispatch:
     """The (token, slot) rows of a batch, in the order of their experts, and the way back.
 
+    `N` are the tokens: `[b s]` in a text model, `[n]` in a bank of a vision-language one.
     Rows are numbered token-major: row = token * k + slot. `order_J[i]` is the row that stands
     at place i once sorted, `place_J` its inverse, `counts` how many rows each expert has.
     """
@@ -56,30 +52,31 @@ class Dispatch:
     shape: torch.Size
 
     @classmethod
-    def of(cls, expert_ids_BSK: Tensor, n_experts: int) -> Dispatch:
-        rows_J = expert_ids_BSK.flatten()
+    def of(cls, expert_ids_NK: Tensor, n_experts: int) -> Dispatch:
+        rows_J = expert_ids_NK.flatten()
         order_J = rows_J.argsort(stable=True)
         place_J = torch.empty_like(order_J)
         place_J[order_J] = torch.arange(len(order_J), device=order_J.device)
         counts = torch.bincount(rows_J, minlength=n_experts).tolist()
-        return cls(order_J, place_J, counts, expert_ids_BSK.shape)
+        return cls(order_J, place_J, counts, expert_ids_NK.shape)
 
-    def by_expert(self, rows_BSKX: Tensor) -> Tensor:
-        return rows_BSKX.flatten(0, -2).index_select(0, self.order_J)
+    def by_expert(self, rows_NKX: Tensor) -> Tensor:
+        return rows_NKX.flatten(0, -2).index_select(0, self.order_J)
 
     def by_token(self, sorted_JX: Tensor) -> Tensor:
-        return sorted_JX.index_select(0, self.place_J).reshape(*self.shape, -1)
+        width = sorted_JX.shape[-1]  # named, because nothing can be inferred of no rows
+        return sorted_JX.index_select(0, self.place_J).reshape(*self.shape, width)
 
     def tap(self, tap: Tap, site: Site, sorted_JX: Tensor) -> Tensor:
         """Show an on-demand site its per-token view, and put what it returns back in order."""
         if not tap.wants(site):
             return sorted_JX
-        shown_BSKX = self.by_token(sorted_JX)
-        used_BSKX = tap(site, shown_BSKX)
+        shown_NKX = self.by_token(sorted_JX)
+        used_NKX = tap(site, shown_NKX)
         # Left alone, the rows go on as they are: another memory layout may round otherwise.
-        if used_BSKX is shown_BSKX and not used_BSKX.requires_grad:
+        if used_NKX is shown_NKX and not used_NKX.requires_grad:
             return sorted_JX
-        return self.by_expert(used_BSKX)
+        return self.by_expert(used_NKX)
 
 
 class ExpertBank(nn.Module):
@@ -96,29 +93,29 @@ class ExpertBank(nn.Module):
 
     def forward(
         self,
-        x_BSD: Tensor,
-        expert_ids_BSK: Tensor,
-        expert_weights_BSK: Tensor,
+        x_ND: Tensor,
+        expert_ids_NK: Tensor,
+        expert_weights_NK: Tensor,
         at: ExpertSites,
         tap: Tap = idle,
     ) -> Tensor:
-        k = expert_ids_BSK.shape[-1]
-        rows = Dispatch.of(expert_ids_BSK, len(self.down_EDF))
+        k = expert_ids_NK.shape[-1]
+        rows = Dispatch.of(expert_ids_NK, len(self.down_EDF))
         # Row // k is the row's token, so no copy of x per slot is ever made in token order.
-        x_JD = rearrange(x_BSD, "b s d -> (b s) d").index_select(0, rows.order_J // k)
+        x_JD = rearrange(x_ND, "... d -> (...) d").index_select(0, rows.order_J // k)
         gate_up_J2F = grouped_linear(
             x_JD, rearrange(self.gate_up_E2FD, "e two f d -> e (two f) d"), rows.counts
         ).unflatten(-1, (2, -1))
         gate_JF = rows.tap(tap, at.gate, gate_up_J2F[:, 0])
         up_JF = rows.tap(tap, at.up, gate_up_J2F[:, 1])
         act_JF = rows.tap(tap, at.act, silu(gate_JF) * up_JF)
-        out_BSKD = rows.by_token(grouped_linear(act_JF, self.down_EDF, rows.counts))
+        out_NKD = rows.by_token(grouped_linear(act_JF, self.down_EDF, rows.counts))
         if tap.wants(at.out):
-            out_BSKD = tap(at.out, out_BSKD)
-        slot_BSKD = out_BSKD * rearrange(expert_weights_BSK, "b s k -> b s k 1")
+            out_NKD = tap(at.out, out_NKD)
+        slot_NKD = out_NKD * rearrange(expert_weights_NK, "... k -> ... k 1")
         if tap.wants(at.slot_out):
-            slot_BSKD = tap(at.slot_out, slot_BSKD)
-        return slot_BSKD.sum(-2)
+            slot_NKD = tap(at.slot_out, slot_NKD)
+        return slot_NKD.sum(-2)
 
 
 def grouped_linear(

@@ -57,9 +57,7 @@ class MoE(nn.Module):
         routing = self.router(x_BSD, at.router, tap)
         routed_BSD = tap(
             at.routed_out,
-            self.experts(
-                x_BSD, routing.expert_ids_BSK, routing.expert_weights_BSK, at.experts, tap
-            ),
+            self.experts(x_BSD, routing.expert_ids_NK, routing.expert_weights_NK, at.experts, tap),
         )
         if self.shared is None or at.shared is None:
             return tap(at.moe_out, routed_BSD), routing

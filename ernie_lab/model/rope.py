@@ -32,6 +32,20 @@ class Rotation(NamedTuple):
     sin_BSC: Tensor
 
 
+def rotation_3d(config: RopeConfig, head_dim: int, positions_BSR: Int[Tensor, "b s 3"]) -> Rotation:
+    """The rotation of (time, height, width) positions, one axis for each pair (ernie-facts 3.3).
+
+    With `sections` (h, w, t), height and width take turns over the first h + w frequencies and
+    time has the last t, the slowest. Equal positions on all axes give the plain rotation.
+    """
+    assert config.sections is not None
+    height, width, time = config.sections
+    axis_C = torch.tensor([1, 2] * ((height + width) // 2) + [0] * time)
+    frequencies_C = _plain(config.theta, head_dim).to(positions_BSR.device)
+    angles_BSC = positions_BSR[..., axis_C.to(positions_BSR.device)].float() * frequencies_C
+    return Rotation(angles_BSC.cos(), angles_BSC.sin())
+
+
 def rotation(config: RopeConfig, head_dim: int, positions_BS: Int[Tensor, "b s"]) -> Rotation:
     """The rotation of each position.
 

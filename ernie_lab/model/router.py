@@ -17,6 +17,8 @@ from ernie_lab.sites import Site, Tap, idle
 
 @dataclass(frozen=True, slots=True)
 class RouterSites:
+    """`rows` are the dims of the rows: `b s` in a text model, `n` in a bank."""
+
     router_logits: Site
     router_probs: Site
     selection_scores: Site
@@ -24,37 +26,35 @@ class RouterSites:
     expert_weights: Site
 
     @classmethod
-    def under(cls, path: str) -> RouterSites:
+    def under(cls, path: str, rows: str = "b s") -> RouterSites:
+        def site(name: str, last: str, meaning: str, dtype: str = "float32") -> Site:
+            return Site(f"{path}.{name}", f"{rows} {last}", meaning, dtype)
+
         return cls(
-            router_logits=Site(
-                f"{path}.router_logits", "b s e", "before softmax; editing it re-routes", "float32"
-            ),
-            router_probs=Site(
-                f"{path}.router_probs", "b s e", "softmax, without the correction bias", "float32"
-            ),
-            selection_scores=Site(
-                f"{path}.selection_scores",
-                "b s e",
-                "probs + correction bias; only chooses",
-                "float32",
-            ),
-            expert_ids=Site(
-                f"{path}.expert_ids", "b s k", "chosen experts, by falling score", "int64"
-            ),
-            expert_weights=Site(
-                f"{path}.expert_weights",
-                "b s k",
+            router_logits=site("router_logits", "e", "before softmax; editing it re-routes"),
+            router_probs=site("router_probs", "e", "softmax, without the correction bias"),
+            selection_scores=site("selection_scores", "e", "probs + correction bias; only chooses"),
+            expert_ids=site("expert_ids", "k", "chosen experts, by falling score", "int64"),
+            expert_weights=site(
+                "expert_weights",
+                "k",
                 "unbiased probs of the chosen, renormalised; what multiplies the experts",
+                "model",
             ),
         )
 
 
 class Routing(NamedTuple):
-    """One layer's routing: everything a balance loss or a recorder may ask for."""
+    """What one router decided: everything a balance loss or a recorder may ask for.
 
-    probs_BSE: Tensor
-    expert_ids_BSK: Tensor
-    expert_weights_BSK: Tensor
+    The rows N are `[b s]` in a text model. In a bank of a vision-language one they are its
+    tokens alone, and `rows_N` says which of the flattened `(b s)` these are.
+    """
+
+    probs_NE: Tensor
+    expert_ids_NK: Tensor
+    expert_weights_NK: Tensor
+    rows_N: Tensor | None = None
 
 
 class Router(nn.Module):
@@ -87,34 +87,37 @@ class Router(nn.Module):
                 parameter.data = exact[name].float().to(parameter.device)
         return self
 
-    def forward(self, x_BSD: Tensor, at: RouterSites, tap: Tap = idle) -> Routing:
-        with torch.autocast(x_BSD.device.type, enabled=False):
-            logits_BSE = tap(at.router_logits, linear(x_BSD.float(), self.weight_ED.float()))
-            probs_BSE = tap(at.router_probs, logits_BSE.softmax(-1))
-            scores_BSE = tap(at.selection_scores, probs_BSE + self.correction_bias_E.float())
-            ids_BSK = scores_BSE.topk(self.config.n_chosen, -1).indices
-            edited_BSK = tap(at.expert_ids, ids_BSK)
-            if edited_BSK is not ids_BSK:
-                ids_BSK = _possible(edited_BSK, self.config.n_experts, at.expert_ids)
-            chosen_BSK = probs_BSE.gather(-1, ids_BSK)
-            weights_BSK = renormalise(chosen_BSK, self.config.min_weight_sum).to(x_BSD.dtype)
-        return Routing(probs_BSE, ids_BSK, tap(at.expert_weights, weights_BSK))
+    def forward(self, x_ND: Tensor, at: RouterSites, tap: Tap = idle) -> Routing:
+        """`x_ND` `[… d]`, whatever its rows are."""
+        with torch.autocast(x_ND.device.type, enabled=False):
+            logits_NE = tap(at.router_logits, linear(x_ND.float(), self.weight_ED.float()))
+            probs_NE = tap(at.router_probs, logits_NE.softmax(-1))
+            scores_NE = tap(at.selection_scores, probs_NE + self.correction_bias_E.float())
+            ids_NK = scores_NE.topk(self.config.n_chosen, -1).indices
+            edited_NK = tap(at.expert_ids, ids_NK)
+            if edited_NK is not ids_NK:
+                ids_NK = _possible(edited_NK, self.config.n_experts, at.expert_ids)
+            chosen_NK = probs_NE.gather(-1, ids_NK)
+            weights_NK = renormalise(chosen_NK, self.config.min_weight_sum).to(x_ND.dtype)
+        return Routing(probs_NE, ids_NK, tap(at.expert_weights, weights_NK))
 
 
-def renormalise(weights_BSK: Float[Tensor, "b s k"], floor: float) -> Float[Tensor, "b s k"]:
+def renormalise(weights_NK: Float[Tensor, "*n k"], floor: float) -> Float[Tensor, "*n k"]:
     """Weights divided by their sum over the slots, the sum being at least `floor`."""
-    return weights_BSK / weights_BSK.sum(-1, keepdim=True).clamp(min=floor)
+    return weights_NK / weights_NK.sum(-1, keepdim=True).clamp(min=floor)
 
 
-def _possible(ids_BSK: Tensor, n_experts: int, site: Site) -> Tensor:
+def _possible(ids_NK: Tensor, n_experts: int, site: Site) -> Tensor:
     """Edited ids, if a router could have chosen them: in range, no expert twice for a token."""
-    if bool(((ids_BSK < 0) | (ids_BSK >= n_experts)).any()):
-        low, high = int(ids_BSK.min()), int(ids_BSK.max())
+    if ids_NK.numel() == 0:
+        return ids_NK
+    if bool(((ids_NK < 0) | (ids_NK >= n_experts)).any()):
+        low, high = int(ids_NK.min()), int(ids_NK.max())
         raise ValueError(f"{site.path} was edited to {low}..{high}, expected 0..{n_experts - 1}")
-    sorted_BSK = ids_BSK.sort(-1).values
-    if bool((sorted_BSK[..., 1:] == sorted_BSK[..., :-1]).any()):
+    sorted_NK = ids_NK.sort(-1).values
+    if bool((sorted_NK[..., 1:] == sorted_NK[..., :-1]).any()):
         raise ValueError(
             f"{site.path} was edited to name one expert twice for a token; give distinct experts, "
             "or change expert_weights to let one count more"
         )
-    return ids_BSK
+    return ids_NK

@@ -11,7 +11,8 @@ from ernie_lab.checkpoint.config import (
     RouterConfig,
     TextConfig,
 )
-from ernie_lab.model.text import TextModel, initialise
+from ernie_lab.model.initial import initialise
+from ernie_lab.model.text import TextModel
 
 
 def small_config(**overrides: Any) -> TextConfig:
