@@ -1,12 +1,13 @@
-"""`config.json` -> config, in every supported style, and back for text."""
+"""`config.json` -> config, in every supported style, and back."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import fields, is_dataclass
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import Any, Literal, TypeAlias
 
 from ernie_lab.checkpoint.config import ConfigError, ModelConfig, TextConfig
 from ernie_lab.checkpoint.fields import Raw
@@ -17,10 +18,16 @@ from ernie_lab.checkpoint.text_config_json import (
     read_moe_text,
     write_text,
 )
-from ernie_lab.checkpoint.vl_baidu_json import BAIDU_TYPE, read_baidu_vl
-from ernie_lab.checkpoint.vl_transformers_json import TRANSFORMERS_TYPE, read_transformers_vl
+from ernie_lab.checkpoint.vl_baidu_json import BAIDU_TYPE, read_baidu_vl, write_baidu_vl
+from ernie_lab.checkpoint.vl_transformers_json import (
+    TRANSFORMERS_TYPE,
+    read_transformers_vl,
+    write_transformers_vl,
+)
 
 CONFIG_NAME = "config.json"
+
+Style: TypeAlias = Literal["released", "transformers"]
 
 _READERS: Mapping[str, Callable[[Raw, Collection[str]], ModelConfig]] = MappingProxyType(
     {
@@ -60,10 +67,35 @@ def read_config_file(folder: Path, ignore: Collection[str] = ()) -> ModelConfig:
     return read_config(raw, ignore)
 
 
-def write_config(config: TextConfig, dtype: str = "float32") -> dict[str, Any]:
-    """The released spelling of a text config, which transformers reads too.
+def write_config(
+    config: ModelConfig, dtype: str = "float32", style: Style = "released"
+) -> dict[str, Any]:
+    """The fields of a `config.json`; `read_config` of them gives `config` back.
 
-    `dtype` is the weights' (`"bfloat16"`). `read_config` of the result gives `config` back;
-    what the format cannot say raises `ConfigError`.
+    Of a text config there is one style, the released one, which transformers reads too. Of a
+    vision-language config `"released"` is Baidu's, which transformers cannot open, and
+    `"transformers"` its own, nested one. `dtype` is the weights' (`"bfloat16"`).
+
+    Raises:
+        ConfigError: what the style cannot say, such as two placeholders in Baidu's.
     """
-    return write_text(config, dtype)
+    if isinstance(config, TextConfig):
+        return write_text(config, dtype)
+    write = write_baidu_vl if style == "released" else write_transformers_vl
+    written = write(config, dtype)
+    unsaid = list(_differences(config, read_config(written)))
+    if unsaid:
+        raise ConfigError(
+            f"model_type={written['model_type']!r} has no fields for this config: "
+            f"{'; '.join(unsaid)}. Change it, or write the other style"
+        )
+    return written
+
+
+def _differences(config: Any, read: Any, path: str = "") -> Iterator[str]:
+    for item in fields(config):
+        one, other, name = getattr(config, item.name), getattr(read, item.name), path + item.name
+        if is_dataclass(one) and type(one) is type(other):
+            yield from _differences(one, other, f"{name}.")
+        elif one != other:
+            yield f"{name}={one!r} would be read as {other!r}"

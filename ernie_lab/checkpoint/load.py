@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from ernie_lab.checkpoint.errors import CheckpointError
-from ernie_lab.checkpoint.names import Layout, stays_float32
+from ernie_lab.checkpoint.layout import Layout, Stored
+from ernie_lab.checkpoint.names import kind_of, stays_float32
 from ernie_lab.checkpoint.progress import Progress, count_bytes
 from ernie_lab.checkpoint.reader import FLOATS, Reader
 
@@ -25,14 +26,6 @@ class LoadReport:
     unused: tuple[str, ...]
     seconds_reading: float
     seconds_checking: float
-
-
-@dataclass(frozen=True, slots=True)
-class Target:
-    """Where one stored tensor goes: a view into the parameter called `name`."""
-
-    name: str
-    view: Tensor
 
 
 @torch.no_grad()
@@ -53,10 +46,12 @@ def fill(
     beside the weights stays at one tensor. After an error the module is unusable: build anew.
 
     Raises:
-        CheckpointError: tensors missing, left over, of a wrong shape or dtype, or with NaN or
-            infinite values; a second copy of a tied tensor that differs from the first.
+        CheckpointError: weights of another kind of model; tensors missing, left over, of a wrong
+            shape or dtype, or with NaN or infinite values; a second copy of a tied tensor that
+            differs from the first.
     """
-    plan = _targets(dict(module.named_parameters()), layout)
+    _require_kind(module, layout)
+    plan = _targets(dict(module.named_parameters()), layout, reader)
     unused = tuple(sorted(key for key in reader.tensors if layout.is_unused(key)))
     copies = {
         copy: of
@@ -69,13 +64,13 @@ def fill(
             raise CheckpointError(f"buffer {name!r} is on the meta device and in no checkpoint")
 
     parameters = _allocate(module, torch.device(device), dtype)
-    targets = _targets(parameters, layout)
+    targets = _targets(parameters, layout, reader)
     n_bytes = sum(reader.tensors[key].n_bytes for key in targets)
     started, checking = time.perf_counter(), 0.0
     with count_bytes(n_bytes, "loading weights", progress) as advance:
-        for key in reader.stream({key: target.view for key, target in targets.items()}):
+        for key in reader.stream({key: target.destination for key, target in targets.items()}):
             before = time.perf_counter()
-            if not is_finite(targets[key].view):
+            if not all(map(is_finite, targets[key].views)):
                 raise CheckpointError(_not_finite(key, targets[key], reader))
             checking += time.perf_counter() - before
             advance(reader.tensors[key].n_bytes)
@@ -91,20 +86,30 @@ def fill(
     )
 
 
-def _targets(parameters: Mapping[str, Tensor], layout: Layout) -> dict[str, Target]:
+def _require_kind(module: nn.Module, layout: Layout) -> None:
+    kind = kind_of(name for name, _ in module.named_parameters())
+    if kind != layout.kind:
+        raise CheckpointError(
+            f"config.json describes a {kind} model, but the tensors are named as in a "
+            f"{layout.kind} model; take config.json and weights of the same model"
+        )
+
+
+def _targets(parameters: Mapping[str, Tensor], layout: Layout, reader: Reader) -> dict[str, Stored]:
+    found = reader.tensors
     return {
-        piece.key: Target(name, piece.of(parameter))
-        for name, parameter in parameters.items()
-        for piece in layout.pieces(name, tuple(parameter.shape))
+        key: stored.fitted(found[key].shape) if key in found else stored
+        for key, stored in layout.stored(parameters).items()
     }
 
 
-def _check(plan: Mapping[str, Target], reader: Reader, passed_over: set[str]) -> None:
+def _check(plan: Mapping[str, Stored], reader: Reader, passed_over: set[str]) -> None:
     stored = reader.tensors
     wrong_shape = [
-        f"{key} is {list(stored[key].shape)}, expected {list(target.view.shape)} for {target.name}"
+        f"{key} is {list(stored[key].shape)}, expected {list(target.shape)} for "
+        f"{' and '.join(target.names)}"
         for key, target in plan.items()
-        if key in stored and stored[key].shape != tuple(target.view.shape)
+        if key in stored and stored[key].shape != target.shape
     ]
     wrong_dtype = [
         f"{key} is {stored[key].dtype}"
@@ -158,16 +163,16 @@ def is_finite(x: Tensor) -> bool:
     return bool(torch.isfinite(low) & torch.isfinite(high))
 
 
-def _not_finite(key: str, target: Target, reader: Reader) -> str:
-    stored = reader.read(key)
+def _not_finite(key: str, target: Stored, reader: Reader) -> str:
+    stored, names = reader.read(key), " and ".join(target.names)
     if is_finite(stored):
         return (
-            f"tensor {key!r} ({target.name}) has values that overflow {target.view.dtype}; "
+            f"tensor {key!r} ({names}) has values that overflow {target.views[0].dtype}; "
             "load with dtype='bfloat16' or 'float32'"
         )
     bad = int((~torch.isfinite(stored)).sum())
     return (
-        f"tensor {key!r} ({target.name}) has {bad} NaN or infinite values of {stored.numel()} in "
+        f"tensor {key!r} ({names}) has {bad} NaN or infinite values of {stored.numel()} in "
         f"{reader.tensors[key].shard.name}; the file is damaged or the training diverged"
     )
 

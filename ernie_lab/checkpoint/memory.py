@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from ernie_lab.checkpoint.config import TextConfig
+from ernie_lab.checkpoint.config import ModelConfig, VLConfig
 from ernie_lab.checkpoint.errors import NotEnoughMemory
 from ernie_lab.checkpoint.names import stays_float32
 from ernie_lab.checkpoint.shapes import parameter_shapes
@@ -24,9 +24,16 @@ HEADROOM = 1.1
 class ParameterCounts:
     """How many parameters, in all, in use for one token, and by part.
 
-    `active` counts what multiplies for one token: the chosen experts of each layer, everything
-    else whole, the unembedding included, the embedding table not (one row of it is looked up).
-    By this count 300B-A47B has 47 billion.
+    `active` counts what multiplies for one text token: the chosen experts of each layer,
+    everything else of the decoder whole, the unembedding included, the embedding table not (one
+    row of it is looked up). By this count 300B-A47B has 47 billion. Of a vision-language model
+    it leaves out what no text token meets: the vision bank with its routers, the vision tower
+    and the resampler.
+
+    The parts of a text model are `embed`, `unembed`, `attention`, `dense_mlp`, `router`,
+    `routed_experts`, `shared_experts` and `norms`, those it has. A vision-language model has
+    `text_experts` and `vision_experts` instead of routed ones, `vision_router` beside `router`,
+    which is the text bank's, `vision_tower` and `resampler`.
     """
 
     total: int
@@ -34,23 +41,28 @@ class ParameterCounts:
     by_part: Mapping[str, int]
 
 
-def count_parameters(config: TextConfig) -> ParameterCounts:
-    """By the formulae of the shapes; the parts are named in `_PARTS`."""
+def count_parameters(config: ModelConfig) -> ParameterCounts:
+    """By the formulae of the shapes."""
     by_part: Counter[str] = Counter()
     for name, shape in parameter_shapes(config).items():
         by_part[_part(name)] += math.prod(shape)
-    total = sum(by_part.values())
-    idle = 0
-    if config.moe is not None:
-        router = config.moe.router
-        routed = by_part["routed_experts"]
-        idle = routed - routed * router.n_chosen // router.n_experts
-    looked_up = 0 if config.tied else by_part["embed"]
+    total, decoder = sum(by_part.values()), config.decoder
+    idle = sum(by_part[part] for part in _NEVER_FOR_TEXT) if isinstance(config, VLConfig) else 0
+    if decoder.moe is not None:
+        router = decoder.moe.router
+        routed = by_part["text_experts" if isinstance(config, VLConfig) else "routed_experts"]
+        idle += routed - routed * router.n_chosen // router.n_experts
+    looked_up = 0 if decoder.tied else by_part["embed"]
     return ParameterCounts(total, total - idle - looked_up, dict(by_part))
 
 
+_NEVER_FOR_TEXT = ("vision_tower", "resampler", "vision_router", "vision_experts")
 # First match wins: a mark in a parameter's name, and the part it belongs to.
 _PARTS = (
+    ("resampler.", "resampler"),
+    (".moe.vision.router.", "vision_router"),
+    (".moe.vision.experts.", "vision_experts"),
+    (".moe.text.experts.", "text_experts"),
     ("unembed", "unembed"),
     ("embed", "embed"),
     (".attn.", "attention"),
@@ -63,10 +75,12 @@ _PARTS = (
 
 
 def _part(name: str) -> str:
+    if name.startswith("vision."):
+        return "vision_tower"
     return next(part for mark, part in _PARTS if mark in name)
 
 
-def weight_bytes(config: TextConfig, dtype: torch.dtype) -> int:
+def weight_bytes(config: ModelConfig, dtype: torch.dtype) -> int:
     """Bytes of all weights at `dtype`, the routers' being fp32 at any dtype."""
     return sum(
         math.prod(shape) * (torch.float32 if stays_float32(name) else dtype).itemsize
@@ -75,7 +89,7 @@ def weight_bytes(config: TextConfig, dtype: torch.dtype) -> int:
 
 
 def require_memory(
-    config: TextConfig,
+    config: ModelConfig,
     dtype: torch.dtype,
     device: torch.device | str,
     *,
@@ -103,7 +117,7 @@ def require_memory(
     )
 
 
-def _fitting(config: TextConfig, dtype: torch.dtype, available: int) -> Iterator[str]:
+def _fitting(config: ModelConfig, dtype: torch.dtype, available: int) -> Iterator[str]:
     for smaller in (torch.float32, torch.bfloat16):
         fits = weight_bytes(config, smaller) * HEADROOM <= available
         if smaller.itemsize < dtype.itemsize and fits:

@@ -1,188 +1,220 @@
-"""Where each parameter of ours stands in a checkpoint: one table per layout, read both ways.
+"""Where each parameter of ours stands in a checkpoint: one table per layout.
 
-The only file that spells a checkpoint's keys. A `Layout` maps a parameter to `Piece`s: a key,
-the part of our tensor it holds, and the view of that part which has the key's shape. Loading
-copies into the view, saving copies out of it, so neither needs a rule of its own, and a piece
-that is stored transposed is a view like any other.
+The only file that spells a checkpoint's keys. `layout` says how the tables are read.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Collection, Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Collection, Iterable, Mapping
 from types import MappingProxyType
-from typing import TypeAlias
-
-from torch import Tensor
 
 from ernie_lab.checkpoint.errors import CheckpointError
-
-View: TypeAlias = Callable[[Tensor], Tensor]
-
-
-def _same(ours: Tensor) -> Tensor:
-    return ours
-
-
-def _leading_one(ours_E: Tensor) -> Tensor:
-    """`[e]` as `[1, e]`: the statistics of the one group of experts there is."""
-    return ours_E.unsqueeze(0)
-
-
-def _stacked(ours_E2FD: Tensor) -> Tensor:
-    """`[e, 2, f, d]` as `[e, 2f, d]`: all rows of the gate, then all of up."""
-    # `view`, because `flatten` may copy, and what is filled must be ours.
-    return ours_E2FD.view(len(ours_E2FD), -1, ours_E2FD.shape[-1])
-
-
-@dataclass(frozen=True, slots=True)
-class Piece:
-    """One stored tensor: `view(ours[index])` has the shape it has under `key`."""
-
-    key: str
-    index: tuple[int, ...] = ()
-    view: View = _same
-
-    def of(self, ours: Tensor) -> Tensor:
-        """The part of our tensor that this piece fills, shaped as it is stored; no copy."""
-        return self.view(ours[self.index])
-
-
-@dataclass(frozen=True, slots=True)
-class Rule:
-    """The pieces of all parameters called `ours`, a pattern whose groups fill the `keys`.
-
-    `{e}` in a key stands for an expert: such a key gives one piece per row of our first axis.
-    Several keys share our next axis between them, in their order.
-    """
-
-    ours: str
-    keys: tuple[str, ...]
-    view: View = _same
-
-    def pieces(self, name: str, shape: tuple[int, ...]) -> Iterator[Piece] | None:
-        match = re.fullmatch(self.ours, name)
-        return self._pieces(match.groupdict(), shape) if match else None
-
-    def _pieces(self, groups: Mapping[str, str], shape: tuple[int, ...]) -> Iterator[Piece]:
-        per_expert = "{e}" in self.keys[0]
-        for e in range(shape[0] if per_expert else 1):
-            for part, key in enumerate(self.keys):
-                index = ((e,) if per_expert else ()) + ((part,) if len(self.keys) > 1 else ())
-                yield Piece(key.format(e=e, **groups), index, self.view)
-
-
-@dataclass(frozen=True, slots=True)
-class Layout:
-    """How one family of files names the tensors.
-
-    `unused` are keys of parts we do not build; `copies` are keys that repeat another and must
-    equal it.
-    """
-
-    name: str
-    rules: tuple[Rule, ...]
-    unused: tuple[str, ...] = ()
-    copies: Mapping[str, str] = field(default_factory=dict)
-
-    def pieces(self, name: str, shape: tuple[int, ...]) -> tuple[Piece, ...]:
-        """The stored tensors that together are our parameter `name` of this shape."""
-        for rule in self.rules:
-            pieces = rule.pieces(name, shape)
-            if pieces is not None:
-                return tuple(pieces)
-        raise CheckpointError(f"layout {self.name!r} has no rule for our parameter {name!r}")
-
-    def is_unused(self, key: str) -> bool:
-        return any(re.match(pattern, key) for pattern in self.unused)
-
+from ernie_lab.checkpoint.layout import Kind, Layout, Rule, leading_one, stacked, transposed
 
 _BLOCK = r"blocks\.(?P<l>\d+)\."
-_LAYER = "model.layers.{l}."
 _WEIGHT = r"\.(?P<kind>weight|bias)"
+_EXPERT = "mlp.experts.{e}."
+_STATICS = "moe_statics.e_score_correction_bias"
 
-_SHARED_RULES = (
-    Rule(r"embed_VD", ("model.embed_tokens.weight",)),
-    Rule(_BLOCK + r"norm1\.gain_D", (_LAYER + "input_layernorm.weight",)),
-    Rule(_BLOCK + r"norm2\.gain_D", (_LAYER + "post_attention_layernorm.weight",)),
-    Rule(_BLOCK + r"attn\.(?P<p>[qkvo])" + _WEIGHT, (_LAYER + "self_attn.{p}_proj.{kind}",)),
-    Rule(_BLOCK + r"mlp\.(?P<p>gate|up|down)" + _WEIGHT, (_LAYER + "mlp.{p}_proj.{kind}",)),
-    Rule(
-        _BLOCK + r"moe\.shared\.(?P<p>gate|up|down)" + _WEIGHT,
-        (_LAYER + "mlp.shared_experts.{p}_proj.{kind}",),
-    ),
-    Rule(_BLOCK + r"moe\.router\.weight_ED", (_LAYER + "mlp.gate.weight",)),
-    Rule(r"final_norm\.gain_D", ("model.norm.weight",)),
-    Rule(r"unembed_VD", ("lm_head.weight",)),
-    Rule(r"unembed_bias_V", ("lm_head.bias",)),
-)
+
+def _decoder(root: str) -> tuple[Rule, ...]:
+    """What every layout has of a text decoder, below `root`: all but its routed experts."""
+    layer = root + "layers.{l}."
+    return (
+        Rule(r"embed_VD", (root + "embed_tokens.weight",)),
+        Rule(_BLOCK + r"norm1\.gain_D", (layer + "input_layernorm.weight",)),
+        Rule(_BLOCK + r"norm2\.gain_D", (layer + "post_attention_layernorm.weight",)),
+        Rule(_BLOCK + r"attn\.(?P<p>[qkvo])" + _WEIGHT, (layer + "self_attn.{p}_proj.{kind}",)),
+        Rule(_BLOCK + r"mlp\.(?P<p>gate|up|down)" + _WEIGHT, (layer + "mlp.{p}_proj.{kind}",)),
+        Rule(
+            _BLOCK + r"moe\.shared\.(?P<p>gate|up|down)" + _WEIGHT,
+            (layer + "mlp.shared_experts.{p}_proj.{kind}",),
+        ),
+        Rule(r"final_norm\.gain_D", (root + "norm.weight",)),
+        Rule(r"unembed_VD", ("lm_head.weight",)),
+        Rule(r"unembed_bias_V", ("lm_head.bias",)),
+    )
+
+
+def _single_experts(moe: str, banks_before: int = 0) -> tuple[Rule, ...]:
+    """Experts stored one by one, as in the released files, under our `moe`."""
+    layer = "model.layers.{l}." + _EXPERT
+    return (
+        Rule(
+            _BLOCK + moe + r"experts\.gate_up_E2FD",
+            (layer + "gate_proj.weight", layer + "up_proj.weight"),
+            banks_before=banks_before,
+        ),
+        Rule(
+            _BLOCK + moe + r"experts\.down_EDF",
+            (layer + "down_proj.weight",),
+            banks_before=banks_before,
+        ),
+    )
+
+
+def _stacked_experts(moe: str, theirs: str) -> tuple[Rule, ...]:
+    """Experts stored as one tensor, as transformers holds them."""
+    return (
+        Rule(_BLOCK + moe + r"experts\.gate_up_E2FD", (theirs + "experts.gate_up_proj",), stacked),
+        Rule(_BLOCK + moe + r"experts\.down_EDF", (theirs + "experts.down_proj",)),
+    )
+
+
 # Multi-token-prediction heads; rotary frequencies, which follow from the config.
-_UNUSED = (r"(model\.)?mtp_", r".*\.rotary_emb\.inv_freq$")
-_TIED_COPIES = MappingProxyType({"lm_head.weight": "model.embed_tokens.weight"})
+_UNUSED = (r"(model\.)?(language_model\.)?mtp_", r".*\.rotary(_pos)?_emb\.inv_freq$")
+
+
+def _tied_copies(root: str) -> Mapping[str, str]:
+    return MappingProxyType({"lm_head.weight": root + "embed_tokens.weight"})
+
+
+_TEXT_ROUTER = Rule(_BLOCK + r"moe\.router\.weight_ED", ("model.layers.{l}.mlp.gate.weight",))
 
 RELEASED = Layout(
     name="released",
+    kind="text",
     rules=(
-        *_SHARED_RULES,
+        *_decoder("model."),
+        _TEXT_ROUTER,
         Rule(
             _BLOCK + r"moe\.router\.correction_bias_E",
-            (_LAYER + "mlp.moe_statics.e_score_correction_bias",),
-            _leading_one,
+            ("model.layers.{l}.mlp." + _STATICS,),
+            leading_one,
         ),
-        Rule(
-            _BLOCK + r"moe\.experts\.gate_up_E2FD",
-            (
-                _LAYER + "mlp.experts.{e}.gate_proj.weight",
-                _LAYER + "mlp.experts.{e}.up_proj.weight",
-            ),
-        ),
-        Rule(
-            _BLOCK + r"moe\.experts\.down_EDF",
-            (_LAYER + "mlp.experts.{e}.down_proj.weight",),
-        ),
+        *_single_experts(r"moe\."),
     ),
     unused=_UNUSED,
-    copies=_TIED_COPIES,
+    copies=_tied_copies("model."),
 )
 
 TRANSFORMERS = Layout(
     name="transformers",
+    kind="text",
     rules=(
-        *_SHARED_RULES,
+        *_decoder("model."),
+        _TEXT_ROUTER,
         Rule(
             _BLOCK + r"moe\.router\.correction_bias_E",
-            (_LAYER + "mlp.gate.moe_statics.e_score_correction_bias",),
-            _leading_one,
+            ("model.layers.{l}.mlp.gate." + _STATICS,),
+            leading_one,
         ),
-        Rule(
-            _BLOCK + r"moe\.experts\.gate_up_E2FD",
-            (_LAYER + "mlp.experts.gate_up_proj",),
-            _stacked,
-        ),
-        Rule(_BLOCK + r"moe\.experts\.down_EDF", (_LAYER + "mlp.experts.down_proj",)),
+        *_stacked_experts(r"moe\.", "model.layers.{l}.mlp."),
     ),
     unused=_UNUSED,
-    copies=_TIED_COPIES,
+    copies=_tied_copies("model."),
 )
 
-LAYOUTS: Mapping[str, Layout] = MappingProxyType(
-    {layout.name: layout for layout in (RELEASED, TRANSFORMERS)}
+
+def _tower(root: str) -> tuple[Rule, ...]:
+    """The vision tower below `root`, alike in every layout."""
+    block, ours = root + "blocks.{l}.", r"vision\." + _BLOCK
+    return (
+        Rule(r"vision\.patch_embed\.weight", (root + "patch_embed.proj.weight",)),
+        Rule(ours + r"(?P<n>norm[12])" + _WEIGHT, (block + "{n}.{kind}",)),
+        Rule(ours + r"attn\.qkv" + _WEIGHT, (block + "attn.qkv.{kind}",)),
+        Rule(ours + r"attn\.o" + _WEIGHT, (block + "attn.proj.{kind}",)),
+        Rule(ours + r"mlp\.up" + _WEIGHT, (block + "mlp.fc1.{kind}",)),
+        Rule(ours + r"mlp\.down" + _WEIGHT, (block + "mlp.fc2.{kind}",)),
+        Rule(r"vision\.final_norm" + _WEIGHT, (root + "ln.{kind}",)),
+    )
+
+
+def _resampler(up: str, down: str, norm: str) -> tuple[Rule, ...]:
+    """The resampler; the layouts differ in what they call the parts of its two MLPs."""
+    root = "model.resampler_model."
+    stages = r"resampler\.(?P<stage>spatial|temporal)\."
+    return (
+        Rule(stages + "up" + _WEIGHT, (root + "{stage}_linear." + up + ".{kind}",)),
+        Rule(stages + "down" + _WEIGHT, (root + "{stage}_linear." + down + ".{kind}",)),
+        Rule(stages + "norm" + _WEIGHT, (root + "{stage}_linear." + norm + ".{kind}",)),
+        Rule(r"resampler\.project" + _WEIGHT, (root + "mlp.{kind}",)),
+        Rule(r"resampler\.norm\.gain_D", (root + "after_norm.weight",)),
+    )
+
+
+def _released_bank(bank: str, number: int, gate: str) -> tuple[Rule, ...]:
+    """One of two banks: experts numbered through, gates transposed, biases in one tensor."""
+    moe = rf"moe\.{bank}\."
+    layer = "model.layers.{l}.mlp."
+    return (
+        Rule(_BLOCK + moe + r"router\.weight_ED", (layer + gate,), transposed, either_way=True),
+        Rule(_BLOCK + moe + r"router\.correction_bias_E", (layer + _STATICS,), row=number),
+        *_single_experts(moe, banks_before=number),
+    )
+
+
+def _released_vl(name: str, tower: str) -> Layout:
+    return Layout(
+        name=name,
+        kind="vision-language",
+        rules=(
+            *_decoder("model."),
+            *_released_bank("text", 0, "gate.weight"),
+            *_released_bank("vision", 1, "gate.weight_1"),
+            *_tower(tower),
+            *_resampler(up="0", down="2", norm="3"),
+        ),
+        unused=_UNUSED,
+        copies=_tied_copies("model."),
+    )
+
+
+VL_RELEASED = _released_vl("released", tower="vision_model.")
+# What transformers' `save_pretrained` writes unless told otherwise.
+VL_TRANSFORMERS_RELEASED = _released_vl("transformers-released", tower="model.vision_model.")
+
+_NATIVE = "model.language_model."
+_BANKS = r"moe\.(?P<bank>text|vision)\."
+_NATIVE_BANK = _NATIVE + "layers.{l}.mlp.{bank}_moe."
+
+VL_TRANSFORMERS = Layout(
+    name="transformers",
+    kind="vision-language",
+    rules=(
+        *_decoder(_NATIVE),
+        Rule(_BLOCK + _BANKS + r"router\.weight_ED", (_NATIVE_BANK + "gate.weight",)),
+        Rule(
+            _BLOCK + _BANKS + r"router\.correction_bias_E",
+            (_NATIVE_BANK + "gate." + _STATICS,),
+            leading_one,
+        ),
+        *_stacked_experts(_BANKS, _NATIVE_BANK),
+        *_tower("model.vision_tower."),
+        *_resampler(up="fc1", down="fc2", norm="ln"),
+    ),
+    unused=_UNUSED,
+    copies=_tied_copies(_NATIVE),
 )
 
-# Keys that only one layout has. Dense checkpoints have neither and are alike in both.
+
+def _by_name(*layouts: Layout) -> Mapping[str, Layout]:
+    return MappingProxyType({layout.name: layout for layout in layouts})
+
+
+LAYOUTS = _by_name(RELEASED, TRANSFORMERS)
+VL_LAYOUTS = _by_name(VL_RELEASED, VL_TRANSFORMERS_RELEASED, VL_TRANSFORMERS)
+
+# Keys that only one layout has. Dense text checkpoints have none and are alike in both; the
+# first layout is taken where none is found.
 _SIGNS = (
-    (RELEASED, r"\.mlp\.experts\.\d+\."),
-    (RELEASED, r"\.mlp\.moe_statics\."),
-    (TRANSFORMERS, r"\.mlp\.experts\.(gate_up|down)_proj$"),
-    (TRANSFORMERS, r"\.mlp\.gate\.moe_statics\."),
+    (RELEASED, r".*\.mlp\.experts\.\d+\."),
+    (RELEASED, r".*\.mlp\.moe_statics\."),
+    (TRANSFORMERS, r".*\.mlp\.experts\.(gate_up|down)_proj$"),
+    (TRANSFORMERS, r".*\.mlp\.gate\.moe_statics\."),
+)
+_VL_SIGNS = (
+    (VL_RELEASED, r"vision_model\."),
+    (VL_TRANSFORMERS_RELEASED, r"model\.vision_model\."),
+    (VL_TRANSFORMERS, r"model\.vision_tower\."),
+    (VL_TRANSFORMERS, r"model\.language_model\."),
+)
+_VL_KEY = (
+    r"(model\.)?(vision_model|vision_tower|resampler_model|language_model)\.|.*\.gate\.weight_1$"
 )
 _FOREIGN = (
     (r"ernie\.", "Paddle's layout, with fused and transposed projections; take the -PT repository"),
-    (
-        r"(model\.)?(vision_model|vision_tower|resampler_model|language_model)\.",
-        "a vision-language layout, which this version does not load",
-    ),
     (r".*\.(qweight|weight_scale|weight_packed|absmax)", "quantised; take the original weights"),
 )
 
@@ -197,12 +229,19 @@ def detect(keys: Collection[str]) -> Layout:
         found = next((key for key in sorted(keys) if re.match(pattern, key)), None)
         if found:
             raise CheckpointError(f"cannot load this checkpoint: tensor {found!r} shows {what}")
-    signs = {
-        layout.name: key for layout, sign in _SIGNS for key in sorted(keys) if re.search(sign, key)
+    is_vl = any(re.match(_VL_KEY, key) for key in keys)
+    table, signs = (VL_LAYOUTS, _VL_SIGNS) if is_vl else (LAYOUTS, _SIGNS)
+    shown = {
+        layout.name: key for layout, sign in signs for key in sorted(keys) if re.match(sign, key)
     }
-    if len(signs) > 1:
-        raise CheckpointError(f"the checkpoint mixes two layouts: {signs}; convert it to one")
-    return LAYOUTS[next(iter(signs), RELEASED.name)]
+    if len(shown) > 1:
+        raise CheckpointError(f"the checkpoint mixes two layouts: {shown}; convert it to one")
+    return table[next(iter(shown), "released")]
+
+
+def kind_of(names: Iterable[str]) -> Kind:
+    """Of a model with parameters of these names, which are ours."""
+    return "vision-language" if any(name.startswith("vision.") for name in names) else "text"
 
 
 def stays_float32(name: str) -> bool:

@@ -77,17 +77,23 @@ class Reader:
             return cls(read_header(found[0]))
         raise CheckpointError(_no_weights(folder, found))
 
-    def stream(self, destinations: Mapping[str, Tensor]) -> Iterator[str]:
+    def stream(self, destinations: Mapping[str, Tensor | tuple[Tensor, ...]]) -> Iterator[str]:
         """Copy each tensor into its destination, yielding its key once it is there.
 
-        The destination has the stored shape; its dtype and device are its own. Tensors come in
-        the order of the files, each file being mapped once and only while it is read.
+        The destination has the stored shape, or is a tuple of one tensor a row; dtype and device
+        are its own. Tensors come in the order of the files, each file being mapped once and only
+        while it is read.
         """
         keys = sorted(destinations, key=lambda k: (self.tensors[k].shard, self.tensors[k].begin))
         for shard, in_shard in groupby(keys, key=lambda k: self.tensors[k].shard):
             mapped = _map(shard)
             for key in in_shard:
-                destinations[key].copy_(mapped.get_tensor(key))
+                stored, into = mapped.get_tensor(key), destinations[key]
+                if isinstance(into, tuple):
+                    for row, part in zip(into, stored, strict=True):
+                        row.copy_(part)
+                else:
+                    into.copy_(stored)
                 yield key
 
     def read(self, key: str) -> Tensor:

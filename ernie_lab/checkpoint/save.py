@@ -1,4 +1,4 @@
-"""Writing a model as a checkpoint folder that this package and transformers open alike."""
+"""Writing a model as a checkpoint folder that this package and others open alike."""
 
 from __future__ import annotations
 
@@ -7,27 +7,30 @@ import secrets
 import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Literal, TypeAlias
 
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from ernie_lab.checkpoint.config import TextConfig
-from ernie_lab.checkpoint.config_json import CONFIG_NAME, write_config
+from ernie_lab.checkpoint.config import ModelConfig, TextConfig
+from ernie_lab.checkpoint.config_json import CONFIG_NAME, Style, write_config
 from ernie_lab.checkpoint.errors import CheckpointError
-from ernie_lab.checkpoint.names import LAYOUTS, Layout, stays_float32
+from ernie_lab.checkpoint.layout import Layout
+from ernie_lab.checkpoint.names import LAYOUTS, VL_LAYOUTS, stays_float32
 from ernie_lab.checkpoint.reader import INDEX_NAME, WEIGHTS_NAME
 
 # transformers opens only files that say which framework wrote them.
 _METADATA = {"format": "pt"}
 
+LayoutName: TypeAlias = Literal["released", "transformers-released", "transformers"]
+
 
 def save_model(
     model: nn.Module,
-    config: TextConfig,
+    config: ModelConfig,
     folder: str | Path,
     *,
-    layout: Literal["released", "transformers"] = "released",
+    layout: LayoutName = "released",
     max_shard_bytes: int = 5_000_000_000,
 ) -> Path:
     """Write `config.json` and the weights, in their present dtype, to a new folder.
@@ -35,23 +38,36 @@ def save_model(
     Everything is written to a folder beside it first and moved at the end, so an interrupted
     save leaves nothing. A tensor larger than `max_shard_bytes` gets a shard of its own.
 
+    Args:
+        layout: of a text model `"released"` or `"transformers"` (experts stacked), both with
+            the same config.json, and transformers opens both. Of a vision-language model:
+            `"released"`, tensors and config.json as Baidu's, which transformers 5 does not
+            open, because it does not know that config; `"transformers-released"`, what its own
+            `save_pretrained` writes by default, the released tensors but for the tower's
+            prefix, with its own config.json; `"transformers"`, tensors as it holds them.
+
     Raises:
+        ValueError: no such layout for this kind of model.
         FileExistsError: the folder exists and is not empty.
-        ConfigError: the config cannot be said in the released fields.
+        ConfigError: the config cannot be said in the fields of that layout.
         CheckpointError: a model without weights, or with weights of several dtypes.
     """
+    table = LAYOUTS if isinstance(config, TextConfig) else VL_LAYOUTS
+    if layout not in table:
+        raise ValueError(f"layout={layout!r} must be one of {', '.join(table)} for this model")
     target = Path(folder)
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise FileExistsError(f"{target} exists and is not empty; name a new folder or remove it")
     if any(parameter.is_meta for parameter in model.parameters()):
         raise CheckpointError("the model is on the meta device: there are no weights to save")
-    fields = write_config(config, dtype=_dtype_name(model))
+    style: Style = "released" if layout == "released" else "transformers"
+    fields = write_config(config, _dtype_name(model), style)
     target.parent.mkdir(parents=True, exist_ok=True)
     draft = target.parent / f".{target.name}.{secrets.token_hex(4)}"
     draft.mkdir()
     try:
         (draft / CONFIG_NAME).write_text(json.dumps(fields, indent=2) + "\n", encoding="utf-8")
-        _write_weights(_stored(model, LAYOUTS[layout]), draft, max_shard_bytes)
+        _write_weights(_stored(model, table[layout]), draft, max_shard_bytes)
         draft.replace(target)
     except BaseException:
         shutil.rmtree(draft, ignore_errors=True)
@@ -70,12 +86,9 @@ def _dtype_name(model: nn.Module) -> str:
 
 
 def _stored(model: nn.Module, layout: Layout) -> list[tuple[str, Tensor]]:
-    """Each tensor under its key: views of the parameters, no copies."""
-    return [
-        (piece.key, piece.of(parameter.detach()))
-        for name, parameter in model.named_parameters()
-        for piece in layout.pieces(name, tuple(parameter.shape))
-    ]
+    """Each tensor under its key: views of the parameters, copies only of what is assembled."""
+    parameters = {name: parameter.detach() for name, parameter in model.named_parameters()}
+    return [(key, stored.assembled()) for key, stored in layout.stored(parameters).items()]
 
 
 def _write_weights(

@@ -207,11 +207,20 @@ def write_text(config: TextConfig, dtype: str) -> dict[str, Any]:
         )
     if config.rope.sections is not None:
         raise ConfigError("a text config cannot carry rope sections; they belong to VL models")
-    attention, eos = config.attention, config.ids.eos
     return {
         "architectures": [_CLASSES[model_type]],
         "model_type": model_type,
         "torch_dtype": dtype,
+        **write_decoder(config),
+        **write_rope(config.rope),
+        **(_write_moe(config.moe) if config.moe else {}),
+    }
+
+
+def write_decoder(config: TextConfig) -> dict[str, Any]:
+    """What `read_decoder` reads, rope and experts aside."""
+    attention, eos = config.attention, config.ids.eos
+    return {
         "vocab_size": config.vocab_size,
         "hidden_size": config.width,
         "intermediate_size": config.dense_hidden,
@@ -226,12 +235,29 @@ def write_text(config: TextConfig, dtype: str) -> dict[str, Any]:
         "pad_token_id": config.ids.pad,
         "bos_token_id": config.ids.bos,
         "eos_token_id": (eos[0] if len(eos) == 1 else list(eos)) if eos else None,
-        **write_rope(config.rope),
-        **(_write_moe(config.moe) if config.moe else {}),
     }
 
 
 def _write_moe(moe: MoEConfig) -> dict[str, Any]:
+    return {
+        **write_experts(moe),
+        **write_layers(moe),
+        "router_aux_loss_coef": moe.aux_loss_coef,
+    }
+
+
+def write_experts(moe: MoEConfig) -> dict[str, Any]:
+    return {
+        "moe_num_experts": moe.router.n_experts,
+        "moe_k": moe.router.n_chosen,
+        "moe_norm_min": moe.router.min_weight_sum,
+        "moe_intermediate_size": moe.expert_hidden,
+        "moe_num_shared_experts": moe.n_shared,
+    }
+
+
+def write_layers(moe: MoEConfig) -> dict[str, int]:
+    """Start, end and interval of the mixture layers, or `ConfigError` where there are none."""
     first, last, step = moe.layers[0], moe.layers[-1], 1
     if len(moe.layers) > 1:
         step = moe.layers[1] - first
@@ -241,13 +267,7 @@ def _write_moe(moe: MoEConfig) -> dict[str, Any]:
             "layers i with (i + 1) % interval == 0"
         )
     return {
-        "moe_num_experts": moe.router.n_experts,
-        "moe_k": moe.router.n_chosen,
-        "moe_norm_min": moe.router.min_weight_sum,
-        "moe_intermediate_size": moe.expert_hidden,
-        "moe_num_shared_experts": moe.n_shared,
         "moe_layer_start_index": first,
         "moe_layer_end_index": last,
         "moe_layer_interval": step,
-        "router_aux_loss_coef": moe.aux_loss_coef,
     }

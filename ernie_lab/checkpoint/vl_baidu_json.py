@@ -1,4 +1,4 @@
-"""Baidu's own vision-language configs: all text fields at the top. Read, not written.
+"""Baidu's own vision-language configs, read and written: all text fields at the top.
 
 A field of a bank is one value for both, or a list of two: text, then vision. Where the files
 leave a field out, the default of Baidu's own config class holds (ernie-facts 1.3).
@@ -7,6 +7,7 @@ leave a field out, the default of Baidu's own config class holds (ernie-facts 1.
 from __future__ import annotations
 
 from collections.abc import Collection
+from typing import Any
 
 from ernie_lab.checkpoint.config import VisionConfig, VLConfig
 from ernie_lab.checkpoint.fields import Raw, integer, number, refuse_unknown, size
@@ -17,9 +18,13 @@ from ernie_lab.checkpoint.text_config_json import (
     read_decoder,
     read_head_dim,
     read_moe,
+    write_decoder,
+    write_experts,
+    write_layers,
 )
 from ernie_lab.checkpoint.vl_fields import (
     AXIAL_THETA,
+    CLASS,
     IMAGE_ID,
     NORM_EPS,
     TEMPORAL_MERGE,
@@ -30,6 +35,7 @@ from ernie_lab.checkpoint.vl_fields import (
     read_ids,
     read_rope_3d,
     section,
+    write_ids,
 )
 
 BAIDU_TYPE = "ernie4_5_moe_vl"
@@ -119,3 +125,53 @@ def _read_tower(raw: Raw, ignore: Collection[str]) -> VisionConfig:
         norm_eps=NORM_EPS,
         rope_theta=AXIAL_THETA,
     )
+
+
+def write_baidu_vl(config: VLConfig, dtype: str) -> dict[str, Any]:
+    """Baidu's spelling. What it cannot say is left out: `write_config` compares."""
+    text = config.text
+    # VLConfig has checked both; they are optional of a text model alone.
+    assert text.moe is not None
+    assert text.rope.sections is not None
+    banks = {name: [end, end] for name, end in write_layers(text.moe).items()}
+    return {
+        "architectures": [CLASS],
+        "model_type": BAIDU_TYPE,
+        "torch_dtype": dtype,
+        **write_decoder(text),
+        "max_position_embeddings": text.rope.max_positions,
+        "rope_theta": text.rope.theta,
+        "rope_3d": True,
+        "rope_scaling": {"type": "default", "mrope_section": list(text.rope.sections)},
+        "freq_allocation": text.rope.sections[-1],
+        **write_experts(text.moe),
+        **banks,
+        "moe_num_experts": [text.moe.router.n_experts] * 2,
+        "moe_intermediate_size": [text.moe.expert_hidden, config.vision_expert_hidden],
+        "moe_layer_interval": banks["moe_layer_interval"][0],
+        "router_aux_loss_coef": text.moe.aux_loss_coef,
+        "im_patch_id": config.ids.image,
+        **write_ids(config.ids),
+        "pixel_hidden_size": config.vision.width,
+        "spatial_conv_size": config.vision.merge_size,
+        "temporal_conv_size": config.vision.temporal_merge_size,
+        "vision_config": _write_tower(config.vision),
+    }
+
+
+def _write_tower(tower: VisionConfig) -> dict[str, Any]:
+    whole = tower.hidden % tower.width == 0
+    return {
+        "depth": tower.depth,
+        "embed_dim": tower.width,
+        "hidden_size": tower.width,
+        "hidden_act": tower.activation,
+        "num_heads": tower.n_heads,
+        "mlp_ratio": tower.hidden // tower.width if whole else tower.hidden / tower.width,
+        "patch_size": tower.patch_size,
+        "spatial_patch_size": tower.patch_size,
+        "spatial_merge_size": tower.merge_size,
+        "in_channels": tower.in_channels,
+        "in_chans": tower.in_channels,
+        "attn_sep": True,
+    }

@@ -28,6 +28,8 @@ DELIMITER_IDS = MappingProxyType(
     }
 )
 IMAGE_ID = 100295
+# Named alike by Baidu and by transformers, whose model types differ.
+CLASS = "Ernie4_5_VLMoeForConditionalGeneration"
 
 
 VL_FIXED: Fixed = MappingProxyType(
@@ -60,17 +62,30 @@ def read_rope_3d(raw: Raw, head_dim: int) -> RopeConfig:
     if sections is None:
         time = integer(raw, "freq_allocation", _FREQUENCY_SHARE)
         sections = ((n_pairs - time) // 2, (n_pairs - time) // 2, time)
-    if len(sections) != 3 or sum(sections) != n_pairs or sections[0] != sections[1]:
+    # Below 1 in the files of very narrow heads that leave the share of time at its default.
+    possible = len(sections) == 3 and sum(sections) == n_pairs and min(sections) >= 1
+    if not possible or sections[0] != sections[1]:
         raise ConfigError(
             f"mrope_section={list(sections)} must be (height, width, time) with equal height and "
-            f"width, and sum to the {n_pairs} pairs of a head"
+            f"width, each at least 1, and sum to the {n_pairs} pairs of a head"
         )
     height, width, time = map(int, sections)
+    agree("time's share of the rotary pairs", time, integer(raw, "freq_allocation", time))
     return RopeConfig(
         theta=rope_theta(raw, block),
         max_positions=size(raw, "max_position_embeddings", DEFAULT_MAX_POSITIONS),
         sections=(height, width, time),
     )
+
+
+def write_ids(ids: VisualIds) -> dict[str, int]:
+    """The delimiters, which both styles spell alike."""
+    return {
+        "image_start_token_id": ids.image_start,
+        "image_end_token_id": ids.image_end,
+        "video_start_token_id": ids.video_start,
+        "video_end_token_id": ids.video_end,
+    }
 
 
 def read_ids(raw: Raw, image: int, video: int) -> VisualIds:

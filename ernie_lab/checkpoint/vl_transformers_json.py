@@ -1,10 +1,14 @@
-"""Transformers-native vision-language configs: text and vision nested. Read, not written."""
+"""Transformers-native vision-language configs, read and written: text and vision nested.
+
+Absent fields take the defaults of its classes.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Collection
+from typing import Any
 
-from ernie_lab.checkpoint.config import ConfigError, VisionConfig, VLConfig
+from ernie_lab.checkpoint.config import ConfigError, TextConfig, VisionConfig, VLConfig
 from ernie_lab.checkpoint.fields import Raw, integer, number, refuse_unknown, size
 from ernie_lab.checkpoint.rope_json import rope_block
 from ernie_lab.checkpoint.text_config_json import (
@@ -14,9 +18,12 @@ from ernie_lab.checkpoint.text_config_json import (
     read_head_dim,
     read_moe,
     without_aliases,
+    write_decoder,
+    write_experts,
 )
 from ernie_lab.checkpoint.vl_fields import (
     AXIAL_THETA,
+    CLASS,
     DELIMITER_IDS,
     IMAGE_ID,
     NORM_EPS,
@@ -28,10 +35,12 @@ from ernie_lab.checkpoint.vl_fields import (
     read_ids,
     read_rope_3d,
     section,
+    write_ids,
 )
 
 TRANSFORMERS_TYPE = "ernie4_5_vl_moe"
 _VIDEO_ID = 103367
+_N_SHARED = 2
 _LOOP_IDS = ("pad_token_id", "bos_token_id", "eos_token_id")
 
 
@@ -47,6 +56,7 @@ def read_transformers_vl(raw: Raw, ignore: Collection[str] = ()) -> VLConfig:
         ignore=ignore,
         within="text_config",
     )
+    text.setdefault("moe_num_shared_experts", _N_SHARED)
     # The outer class is the one that ties and generates.
     text["tie_word_embeddings"] = raw.get("tie_word_embeddings")
     text |= {name: raw[name] for name in _LOOP_IDS if raw.get(name) is not None}
@@ -107,3 +117,55 @@ def _read_tower(tower: Raw, ignore: Collection[str]) -> VisionConfig:
         norm_eps=number(tower, "rms_norm_eps", NORM_EPS),
         rope_theta=number(rope, "rope_theta", AXIAL_THETA),
     )
+
+
+def write_transformers_vl(config: VLConfig, dtype: str) -> dict[str, Any]:
+    """Transformers' spelling. What it cannot say is left out: `write_config` compares."""
+    return {
+        "architectures": [CLASS],
+        "model_type": TRANSFORMERS_TYPE,
+        "dtype": dtype,
+        "tie_word_embeddings": config.text.tied,
+        "image_token_id": config.ids.image,
+        "video_token_id": config.ids.video,
+        **write_ids(config.ids),
+        "text_config": _write_text(config.text, config.vision_expert_hidden),
+        "vision_config": _write_tower(config.vision),
+    }
+
+
+def _write_text(text: TextConfig, vision_expert_hidden: int) -> dict[str, Any]:
+    # VLConfig has checked both; they are optional of a text model alone.
+    assert text.moe is not None
+    assert text.rope.sections is not None
+    return {
+        "model_type": f"{TRANSFORMERS_TYPE}_text",
+        **write_decoder(text),
+        "max_position_embeddings": text.rope.max_positions,
+        "rope_parameters": {
+            "rope_type": "default",
+            "rope_theta": text.rope.theta,
+            "mrope_section": list(text.rope.sections),
+        },
+        **write_experts(text.moe),
+        "moe_intermediate_size": [text.moe.expert_hidden, vision_expert_hidden],
+        "mlp_layer_types": ["sparse" if text.is_moe(i) else "dense" for i in range(text.n_layers)],
+        "router_aux_loss_coef": text.moe.aux_loss_coef,
+    }
+
+
+def _write_tower(tower: VisionConfig) -> dict[str, Any]:
+    return {
+        "model_type": f"{TRANSFORMERS_TYPE}_vision",
+        "depth": tower.depth,
+        "hidden_size": tower.width,
+        "intermediate_size": tower.hidden,
+        "hidden_act": tower.activation,
+        "num_heads": tower.n_heads,
+        "patch_size": tower.patch_size,
+        "spatial_merge_size": tower.merge_size,
+        "temporal_merge_size": tower.temporal_merge_size,
+        "in_channels": tower.in_channels,
+        "rms_norm_eps": tower.norm_eps,
+        "rope_parameters": {"rope_type": "axial", "rope_theta": tower.rope_theta},
+    }

@@ -9,13 +9,14 @@ from safetensors.torch import save_file
 from support.models import small_config
 from torch import Tensor, nn
 
-from ernie_lab.checkpoint.config import TextConfig
-from ernie_lab.checkpoint.names import RELEASED, Layout
+from ernie_lab.checkpoint.config import ModelConfig
+from ernie_lab.checkpoint.layout import Layout
+from ernie_lab.checkpoint.names import RELEASED
 from ernie_lab.checkpoint.shapes import parameter_shapes
 
 
-def bare_module(config: TextConfig) -> nn.Module:
-    """A module with the text model's parameters, on the meta device, and no forward."""
+def bare_module(config: ModelConfig) -> nn.Module:
+    """A module with the model's parameters, on the meta device, and no forward."""
     root = nn.Module()
     for name, shape in parameter_shapes(config).items():
         *path, leaf = name.split(".")
@@ -28,13 +29,13 @@ def bare_module(config: TextConfig) -> nn.Module:
     return root
 
 
-def random_tensors(config: TextConfig, layout: Layout = RELEASED) -> dict[str, Tensor]:
+def random_tensors(config: ModelConfig, layout: Layout = RELEASED) -> dict[str, Tensor]:
     """Every tensor of a checkpoint, by key, drawn apart from each other."""
     generator = torch.Generator().manual_seed(7)
+    ours = {name: torch.empty(shape) for name, shape in parameter_shapes(config).items()}
     return {
-        piece.key: torch.randn(piece.of(torch.empty(shape)).shape, generator=generator)
-        for name, shape in parameter_shapes(config).items()
-        for piece in layout.pieces(name, shape)
+        key: torch.randn(stored.shape, generator=generator)
+        for key, stored in layout.stored(ours).items()
     }
 
 

@@ -11,8 +11,9 @@ from torch import Tensor
 
 from ernie_lab.checkpoint.config import TextConfig
 from ernie_lab.checkpoint.errors import CheckpointError
+from ernie_lab.checkpoint.layout import Layout
 from ernie_lab.checkpoint.load import LoadReport, fill, is_finite
-from ernie_lab.checkpoint.names import LAYOUTS, RELEASED, Layout, stays_float32
+from ernie_lab.checkpoint.names import LAYOUTS, RELEASED, stays_float32
 from ernie_lab.checkpoint.reader import Reader
 
 GATE = "model.layers.1.mlp.experts.3.gate_proj.weight"

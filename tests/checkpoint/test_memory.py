@@ -5,7 +5,8 @@ from typing import Any
 
 import pytest
 import torch
-from checkpoint.released_configs import DENSE_0_3B, TEXT_21B, TEXT_300B
+from checkpoint.released_configs import DENSE_0_3B, TEXT_21B, TEXT_300B, VL_28B, VL_424B
+from checkpoint.vl_cases import config_of as small_vl
 from support.models import small_config
 
 from ernie_lab.checkpoint.config import AttentionConfig, TextConfig
@@ -22,6 +23,7 @@ from ernie_lab.checkpoint.memory import (
 )
 from ernie_lab.checkpoint.names import stays_float32
 from ernie_lab.model.text import TextModel
+from ernie_lab.model.vl import VLModel
 
 GIB = 2**30
 BIASED = AttentionConfig(width=32, n_heads=4, n_kv_heads=2, head_dim=8, use_bias=True)
@@ -73,6 +75,47 @@ def test_active_by_hand() -> None:
     untied = count_parameters(small_config(tied=False))
     assert untied.active == counts.active
     assert untied.by_part["unembed"] == untied.by_part["embed"] == 61 * 32
+
+
+@pytest.mark.parametrize("variant", ["shared, tied", "as 424B"])
+def test_vision_language_figures_are_those_of_the_module(variant: str) -> None:
+    config = small_vl(variant)
+    with torch.device("meta"):
+        model = VLModel(config)
+    counts = count_parameters(config)
+    assert counts.total == sum(counts.by_part.values())
+    assert counts.total == sum(p.numel() for p in model.parameters())
+    assert counts.by_part["vision_tower"] == sum(p.numel() for p in model.vision.parameters())
+    assert counts.by_part["resampler"] == sum(p.numel() for p in model.resampler.parameters())
+    n_bytes = sum(
+        p.numel() * (4 if stays_float32(name) else 2) for name, p in model.named_parameters()
+    )
+    assert weight_bytes(config, torch.bfloat16) == n_bytes
+
+
+def test_vision_language_models_are_as_large_as_their_names() -> None:
+    """Without tower (0.63 B) and resampler (0.14 B) the smaller has 28.6 B."""
+    small, large = count_parameters(read_config(VL_28B)), count_parameters(read_config(VL_424B))
+    assert small.total == 29_399_294_336
+    assert large.total == 423_526_285_184
+    text = count_parameters(read_config(TEXT_21B))
+    assert small.active == text.active == 3_352_150_208
+    assert large.active / 1e9 == pytest.approx(47.1, abs=0.05)
+    for part in ("attention", "dense_mlp", "router", "shared_experts", "embed"):
+        assert small.by_part[part] == text.by_part[part]
+    assert small.by_part["text_experts"] == text.by_part["routed_experts"]
+    assert small.by_part["vision_experts"] * 3 == small.by_part["text_experts"]
+    assert large.by_part["vision_tower"] == small.by_part["vision_tower"] == 630_433_280
+    # What a text token never meets: everything of pictures.
+    decoder = count_parameters(small_vl().decoder)
+    assert count_parameters(small_vl()).active == decoder.active
+
+
+def test_memory_of_a_vision_language_model() -> None:
+    config = read_config(VL_28B)
+    assert require_memory(config, torch.bfloat16, "cpu", free=70 * GIB) > 29.4e9 * 2 * HEADROOM
+    with pytest.raises(NotEnoughMemory, match=r"29.4 B parameters as bfloat16 .* no dtype would"):
+        require_memory(config, torch.bfloat16, "cuda", free=48 * GIB)
 
 
 def test_enough_memory_returns_the_estimate() -> None:
