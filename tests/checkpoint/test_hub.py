@@ -57,7 +57,7 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Hub]:
             (folder / "config.json").write_text("{}")
         files = [File("model.safetensors", needed, True), File("config.json", 5, False)]
         stand_in = Hub(folder, files, error)
-        monkeypatch.setattr("ernie_lab.checkpoint.hub.snapshot_download", stand_in)
+        monkeypatch.setattr("ernie_lab.checkpoint.download.snapshot_download", stand_in)
         monkeypatch.setattr("shutil.disk_usage", lambda path: Usage(free, 0, free))
         monkeypatch.chdir(tmp_path)
         return stand_in

@@ -38,11 +38,11 @@ def test_names_are_pinned() -> None:
 
 
 def test_import_is_light_and_quiet(tmp_path: Path) -> None:
-    """No pandas, xarray, matplotlib, widgets or transformers; no file, thread or output."""
+    """No pandas, xarray, matplotlib, widgets, hub or transformers; no file, thread or output."""
     code = (
         "import sys, threading, ernie_lab\n"
         "heavy = {'pandas', 'xarray', 'matplotlib', 'ipywidgets', 'anywidget', 'IPython', "
-        "'transformers', 'scipy'}\n"
+        "'transformers', 'scipy', 'huggingface_hub', 'av'}\n"
         "print(sorted(heavy & sys.modules.keys()), threading.active_count())"
     )
     tmp_path.chmod(0o555)
