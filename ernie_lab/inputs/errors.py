@@ -15,3 +15,11 @@ class PromptError(ValueError):
 
 class BatchError(ValueError):
     """Token ids that cannot be put into one batch."""
+
+
+class ImageError(ValueError):
+    """A picture that cannot be read, or that the model cannot take as it is."""
+
+
+class VideoError(ValueError):
+    """A clip that cannot be decoded, sampled or stamped with its times."""

@@ -5,17 +5,19 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Integral
-from typing import Any, TypeAlias, TypeGuard
+from typing import Any, Literal, TypeAlias, TypeGuard
 
 from torch import Tensor
 
 from ernie_lab.inputs.chat import Message, render_chat
-from ernie_lab.inputs.chat_templates import default_template
+from ernie_lab.inputs.chat_templates import TemplateKind, default_template
 from ernie_lab.inputs.errors import PromptError
+from ernie_lab.inputs.media import Media
 from ernie_lab.inputs.tokenizer import SENTENCEPIECE_NAMES, Tokenizer
 
 Ids: TypeAlias = Sequence[int] | Tensor
 Chat: TypeAlias = Sequence[Message]
+Form: TypeAlias = Literal["text", "ids", "chat"]
 Prompt: TypeAlias = str | Sequence[str] | Ids | Sequence[Ids] | Chat | Sequence[Chat]
 
 _FORMS = (
@@ -26,10 +28,14 @@ _FORMS = (
 
 @dataclass(frozen=True, slots=True)
 class EncodedPrompt:
-    """One sequence, with the text it was made from (None when ids were given)."""
+    """One sequence, with the text it was made from (None when ids were given).
+
+    `media` are its pictures and clips in reading order; `text` shows one marker for each.
+    """
 
     ids: tuple[int, ...]
     text: str | None
+    media: tuple[Media, ...] = ()
 
 
 def read_prompt(
@@ -46,16 +52,22 @@ def read_prompt(
     that token. A chat is rendered by `template`, else by the checkpoint's own, else by our
     template for text models; `variables` go to it.
     """
-    given = [*variables]
-    given += ["template"] if template is not None else []
-    given += [] if add_generation_prompt else ["add_generation_prompt"]
-    if given and not is_chat(prompt):
-        raise PromptError(
-            f"{', '.join(given)} would have no effect: the prompt is no chat. Give messages "
-            '([{"role": "user", "content": "..."}]) or leave it out.'
-        )
+    if not is_chat(prompt):
+        refuse_options(template, add_generation_prompt, variables)
+    form, items = prompt_items(prompt)
+    if form == "text":
+        return tuple(from_text(text, tokenizer, where) for where, text in items)
+    if form == "ids":
+        return tuple(from_ids(ids, where) for where, ids in items)
+    return tuple(
+        _from_chat(chat, tokenizer, template, add_generation_prompt, variables) for _, chat in items
+    )
+
+
+def prompt_items(prompt: Prompt) -> tuple[Form, list[tuple[str, Any]]]:
+    """The form of a prompt, and one (name for errors, item) for every sequence in it."""
     if isinstance(prompt, str):
-        return (_from_text(prompt, tokenizer, "the prompt"),)
+        return "text", [("the prompt", prompt)]
     if isinstance(prompt, Tensor):
         rows = [prompt] if prompt.ndim == 1 else list(prompt) if prompt.ndim == 2 else None
         if rows is None:
@@ -63,24 +75,35 @@ def read_prompt(
                 f"the prompt is a tensor of shape {tuple(prompt.shape)}, expected 1-D token ids "
                 "or 2-D (batch, sequence)."
             )
-        return tuple(_from_ids(row, f"sequence {i}") for i, row in enumerate(rows))
+        return "ids", _numbered("sequence", rows)
     if not _is_list(prompt):
         raise PromptError(f"the prompt is a {type(prompt).__name__}, expected {_FORMS}.")
 
     match _kind_of_items(prompt):
         case "text":
-            return tuple(_from_text(p, tokenizer, f"prompt {i}") for i, p in enumerate(prompt))
+            return "text", _numbered("prompt", prompt)
         case "id":
-            return (_from_ids(prompt, "the prompt"),)
+            return "ids", [("the prompt", prompt)]
         case "ids":
-            return tuple(_from_ids(p, f"sequence {i}") for i, p in enumerate(prompt))
+            return "ids", _numbered("sequence", prompt)
         case "message":
-            chats: Sequence[Chat] = [prompt]
+            return "chat", [("the chat", prompt)]
         case _:
-            chats = prompt
-    return tuple(
-        _from_chat(chat, tokenizer, template, add_generation_prompt, variables) for chat in chats
-    )
+            return "chat", _numbered("chat", prompt)
+
+
+def refuse_options(
+    template: str | None, add_generation_prompt: bool, variables: Mapping[str, Any]
+) -> None:
+    """Raise if anything was said about the rendering of a chat, where there is none."""
+    given = [*variables]
+    given += ["template"] if template is not None else []
+    given += [] if add_generation_prompt else ["add_generation_prompt"]
+    if given:
+        raise PromptError(
+            f"{', '.join(given)} would have no effect: the prompt is no chat. Give messages "
+            '([{"role": "user", "content": "..."}]) or leave it out.'
+        )
 
 
 def is_single(prompt: Prompt) -> bool:
@@ -117,6 +140,10 @@ def encode_prompt(
         **variables,
     )
     return [list(sequence.ids) for sequence in sequences]
+
+
+def _numbered(noun: str, items: Sequence[Any]) -> list[tuple[str, Any]]:
+    return [(f"{noun} {index}", item) for index, item in enumerate(items)]
 
 
 def _is_list(value: object) -> TypeGuard[Sequence[Any]]:
@@ -167,7 +194,8 @@ def _kind_of_items(prompt: Sequence[Any]) -> str:
     return kinds[0]
 
 
-def _from_ids(ids: Ids, where: str) -> EncodedPrompt:
+def from_ids(ids: Ids, where: str) -> EncodedPrompt:
+    """Token ids as they are; `where` names them in errors."""
     if isinstance(ids, Tensor):
         if ids.ndim != 1 or ids.is_floating_point() or ids.is_complex() or ids.dtype.itemsize < 2:
             raise PromptError(
@@ -182,8 +210,9 @@ def _from_ids(ids: Ids, where: str) -> EncodedPrompt:
     return EncodedPrompt(tuple(int(i) for i in ids), None)
 
 
-def _from_text(text: str, tokenizer: Tokenizer | None, where: str) -> EncodedPrompt:
-    known = _required(tokenizer)
+def from_text(text: str, tokenizer: Tokenizer | None, where: str) -> EncodedPrompt:
+    """Text as it is; `where` names it in errors."""
+    known = required_tokenizer(tokenizer)
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
@@ -204,19 +233,29 @@ def _from_chat(
     add_generation_prompt: bool,
     variables: Mapping[str, Any],
 ) -> EncodedPrompt:
-    known = _required(tokenizer)
-    own = None if template is not None else known.chat_template
+    known = required_tokenizer(tokenizer)
+    chosen, name = choose_template(known, template, "text")
     text = render_chat(
         chat,
-        template or own or default_template(),
+        chosen,
         add_generation_prompt=add_generation_prompt,
-        template_name=f"the chat template of {known.source}" if own else "the chat template",
+        template_name=name,
         **{**known.special_tokens, **variables},
     )
-    return _from_text(text, known, "the rendered chat")
+    return from_text(text, known, "the rendered chat")
 
 
-def _required(tokenizer: Tokenizer | None) -> Tokenizer:
+def choose_template(
+    tokenizer: Tokenizer, template: str | None, kind: TemplateKind
+) -> tuple[str, str]:
+    """The template given, else the checkpoint's own, else ours of `kind`; and its name."""
+    own = None if template is not None else tokenizer.chat_template
+    name = f"the chat template of {tokenizer.source}" if own else "the chat template"
+    return template or own or default_template(kind), name
+
+
+def required_tokenizer(tokenizer: Tokenizer | None) -> Tokenizer:
+    """The tokenizer, or an error that says how to do without."""
     if tokenizer is None:
         files = ", ".join(("tokenizer.json", *SENTENCEPIECE_NAMES))
         raise PromptError(

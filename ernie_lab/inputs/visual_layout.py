@@ -57,6 +57,16 @@ class VisualLayout:
     next_position_B: Int[Tensor, " b"]
     blocks: tuple[Block, ...]
 
+    def to(self, device: torch.device | str | None) -> VisualLayout:
+        """The same on another device."""
+        return VisualLayout(
+            self.modality_BS.to(device),
+            self.bank_BS.to(device),
+            self.positions_BSR.to(device),
+            self.next_position_B.to(device),
+            self.blocks,
+        )
+
 
 def visual_layout(
     input_ids_BS: Int[Tensor, "b s"],
@@ -103,6 +113,8 @@ def _blocks(
     """The runs of placeholders, cut into pictures by the sizes of their grids."""
     runs = [(i, *run) for i, row in enumerate(rows) for run in _runs(row, ids)]
     for kind, given in grids.items():
+        for number, grid in enumerate(given):
+            _check_grid(grid, f"{kind} {number}")
         there = sum(stop - start for _, kind_, start, stop in runs if kind_ == kind)
         needed = sum(grid.n_tokens for grid in given)
         if there != needed:
@@ -128,6 +140,16 @@ def _blocks(
             start, used[kind] = block.stop, used[kind] + 1
 
 
+def _check_grid(grid: Grid, name: str) -> None:
+    """Patches that the tower could not join in twos would be left over in silence."""
+    t, h, w = grid
+    if t < 1 or h < 2 or w < 2 or h % 2 or w % 2 or (t > 1 and t % 2):
+        raise BatchError(
+            f"the grid of {name} is {t} frames of {h} x {w} patches; rows and columns must be "
+            "even, and frames one or an even number."
+        )
+
+
 def _runs(row: Sequence[int], ids: VisualIds) -> Iterator[tuple[Kind, int, int]]:
     """Maximal runs of placeholders: kind, first and past-the-end position.
 
@@ -147,6 +169,8 @@ def _runs(row: Sequence[int], ids: VisualIds) -> Iterator[tuple[Kind, int, int]]
             opened = "image"
         elif token == ids.video_start:
             opened = "video"
+        elif token in (ids.image_end, ids.video_end):
+            opened = "image"
         previous = token
 
 

@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ from tokenizers import Tokenizer as Backend
 from tokenizers import models
 
 from ernie_lab.inputs import ChatTemplateError, default_template, render_chat, template_kind
+from ernie_lab.inputs.chat import PicturePart, render_messages, take_pictures
 
 CHAT = [
     {"role": "system", "content": "You are a helpful chatbot."},
@@ -23,6 +25,7 @@ LONG = [
 TEMPLATES = [
     default_template("text"),
     default_template("thinking"),
+    default_template("vl"),
     "{{ bos_token }}{% for m in messages %}\n  {% if m.role != 'system' %}\n[{{ m.role }}]\n"
     "{% endif %}\n{{ m['content'] | trim }}{% endfor %}\n",
     "{% for m in messages %}{% if loop.index == 2 %}{% continue %}{% endif %}{{ m.content }}"
@@ -101,11 +104,128 @@ def test_thinking_format() -> None:
         render_chat([CHAT[1], CHAT[0]], template)
 
 
+NO_THINKING = "\nAssistant: <think>\n\n</think>\n\n"
+BEGIN = "<|begin_of_sentence|>You are a helpful chatbot.\nUser: Hello!"
+
+
+def test_visual_format() -> None:
+    template = default_template("vl")
+    assert render_chat(CHAT, template, add_generation_prompt=False) == BEGIN
+    assert render_chat(CHAT, template) == BEGIN + NO_THINKING
+    assert render_chat(CHAT, template, enable_thinking=False) == BEGIN + NO_THINKING
+    thinking = render_chat(CHAT, template, enable_thinking=True)
+    assert thinking == BEGIN + "\nAssistant: <think>"
+    long = BEGIN + "\nAssistant: Nice to meet you.<|end_of_sentence|>User: <b>5 & 6</b>\n你好 😀"
+    assert render_chat(LONG, template) == long + NO_THINKING
+    assert render_chat(CHAT[1:], template, cls_token="[") == "[User: Hello!" + NO_THINKING
+
+
+@pytest.mark.parametrize(
+    ("answer", "expected"),
+    [
+        ({"content": "4"}, "4"),
+        ({"content": "4", "reasoning_content": "\n2 + 2\n"}, "<think>\n2 + 2\n</think>\n4"),
+        ({"content": "<think>\n2 + 2\n</think>\n\n4"}, "<think>\n2 + 2\n</think>\n4"),
+        ({"content": "2 + 2\n</think>\n\n4"}, "<think>\n2 + 2\n</think>\n4"),
+        ({"content": "<think>\n\n</think>\n\n4"}, "4"),
+        ({"content": "4", "reasoning_content": ""}, "4"),
+    ],
+)
+def test_thinking_of_earlier_answers(answer: dict[str, str], expected: str) -> None:
+    """The reference keeps it where a message brings it; an empty pair of tags goes."""
+    chat = [CHAT[1], {"role": "assistant", **answer}]
+    rendered = render_chat(chat, default_template("vl"), add_generation_prompt=False)
+    assert rendered == (
+        f"<|begin_of_sentence|>User: Hello!\nAssistant: {expected}<|end_of_sentence|>"
+    )
+
+
+def test_pictures_in_the_visual_format() -> None:
+    image, video, text = {"type": "image"}, {"type": "video"}, {"type": "text", "text": "What?"}
+    chat = [
+        {"role": "system", "content": [text, image]},
+        {"role": "user", "content": [image, text, video]},
+        {"role": "assistant", "content": "A cat."},
+        {"role": "user", "content": [video, image]},
+    ]
+    rendered = render_messages(
+        chat, default_template("vl"), {}, add_generation_prompt=True, template_name="T"
+    )
+    picture = "Picture {}:<|IMAGE_START|><|image@placeholder|><|IMAGE_END|>".format
+    clip = "Video {}:<|VIDEO_START|><|video@placeholder|><|VIDEO_END|>".format
+    assert rendered == (
+        f"<|begin_of_sentence|>What?{picture(1)}\nUser: {picture(2)}What?{clip(1)}"
+        f"\nAssistant: A cat.<|end_of_sentence|>User: {clip(2)}{picture(3)}{NO_THINKING}"
+    )
+    chat[2]["content"] = [image]
+    with pytest.raises(ChatTemplateError, match="assistant's message has a place for text only"):
+        render_messages(
+            chat, default_template("vl"), {}, add_generation_prompt=True, template_name="T"
+        )
+
+
+@pytest.mark.parametrize(
+    ("part", "kind", "data"),
+    [
+        ({"type": "image"}, "image", None),
+        ({"type": "image", "image": "a.png", "url": None}, "image", "a.png"),
+        ({"type": "image", "path": "a.png"}, "image", Path("a.png")),
+        ({"type": "image", "url": "https://x.org/a"}, "image", "https://x.org/a"),
+        ({"type": "image", "base64": "eA=="}, "image", "data:;base64,eA=="),
+        (
+            {"type": "image", "base64": "data:image/png;base64,eA=="},
+            "image",
+            "data:image/png;base64,eA==",
+        ),
+        ({"type": "image_url", "image_url": {"url": "data:,x"}}, "image", "data:,x"),
+        ({"type": "image_url", "image_url": "https://x.org/a"}, "image", "https://x.org/a"),
+        ({"type": "video", "video": ["f1", "f2"]}, "video", ["f1", "f2"]),
+        (
+            {"type": "video_url", "video_url": {"url": "https://x.org/a"}},
+            "video",
+            "https://x.org/a",
+        ),
+    ],
+)
+def test_pictures_are_taken_out_of_messages(part: dict[str, Any], kind: str, data: Any) -> None:
+    text = {"type": "text", "text": "What?"}
+    chat = [CHAT[0], {"role": "user", "content": [text, part], "name": "x"}]
+    messages, pictures = take_pictures(chat)
+    assert pictures == [PicturePart(1, kind, data)]  # type: ignore[arg-type]
+    assert messages == [
+        CHAT[0],
+        {"role": "user", "content": [text, {"type": kind}], "name": "x"},
+    ]
+
+
+@pytest.mark.parametrize(
+    ("part", "complaint"),
+    [
+        ({"type": "image", "image": "a", "path": "b"}, "with image and path; give its data once"),
+        ({"type": "image", "resized_height": 28}, "the key 'resized_height', which would have no"),
+        ({"type": "image_url", "image_url": {"url": "a", "detail": "low"}}, "the key 'detail'"),
+        ({"type": "image", "video": "a"}, "the key 'video', which would have no effect"),
+        ({"type": "audio", "audio": "a"}, "'audio', which no ERNIE 4.5 model reads"),
+        ({"type": "picture"}, "message 0 holds the part"),
+    ],
+)
+def test_malformed_pictures(part: dict[str, Any], complaint: str) -> None:
+    content = [{"type": "image"}, part]
+    with pytest.raises(ChatTemplateError, match=complaint):
+        take_pictures([{"role": "user", "content": content}])
+
+
 def test_template_kind() -> None:
     assert template_kind("baidu/ERNIE-4.5-21B-A3B-Thinking") == "thinking"
     assert template_kind("baidu/ERNIE-4.5-21B-A3B-PT") == "text"
-    with pytest.raises(ChatTemplateError, match="no built-in chat template 'vl'"):
-        default_template("vl")  # type: ignore[arg-type]
+    assert template_kind("baidu/ERNIE-4.5-VL-28B-A3B-PT") == "vl"
+    assert template_kind("baidu/ERNIE-4.5-VL-28B-A3B-Thinking/") == "vl"
+    assert template_kind("tiny-vl") == "vl"
+    assert template_kind("/data/vl/ERNIE-4.5-21B-A3B-PT") == template_kind("evla") == "text"
+    assert template_kind("ERNIE-4.5-VL-28B-A3B-Thinking", visual=False) == "thinking"
+    assert template_kind("/my/model", visual=True) == "vl"
+    with pytest.raises(ChatTemplateError, match="no built-in chat template 'x'; there are"):
+        default_template("x")  # type: ignore[arg-type]
 
 
 def test_text_parts_are_joined() -> None:
