@@ -10,12 +10,6 @@ from ernie_lab.inference.generate import LogitsProcessor
 from ernie_lab.interventions.edits import Edit, EditError
 
 
-def text_only(images: object, videos: object) -> None:
-    for name, given in (("images", images), ("videos", videos)):
-        if given is not None:
-            raise ValueError(f"{name}= needs a vision-language model; this one reads text alone")
-
-
 def split_stops(
     stop: int | str | Sequence[int | str],
 ) -> tuple[tuple[int, ...], tuple[str, ...]]:

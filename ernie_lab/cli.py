@@ -12,13 +12,10 @@ from ernie_lab.checkpoint import (
     ConfigError,
     ModelUnavailable,
     NotEnoughMemory,
-    TextConfig,
     VLConfig,
-    count_parameters,
     read_config_file,
-    weight_bytes,
 )
-from ernie_lab.display import in_words
+from ernie_lab.checkpoint.config import ModelConfig
 from ernie_lab.organisms.builtin import BuiltinError
 from ernie_lab.sites import SiteError
 from ernie_lab.trace.budget import TraceTooLarge
@@ -66,6 +63,8 @@ def _parser() -> argparse.ArgumentParser:
     run = commands.add_parser("run", help="run or continue a prompt and save what was recorded")
     run.add_argument("source", help="built-in name, folder or hub id")
     run.add_argument("prompt")
+    run.add_argument("--image", action="append", help="a picture; may be repeated")
+    run.add_argument("--video", action="append", help="a clip; may be repeated")
     run.add_argument(
         "--keep", action="append", help="group, path or glob; may be repeated (default: routing)"
     )
@@ -99,63 +98,25 @@ def _demo(options: argparse.Namespace) -> None:
 
 
 def _info(options: argparse.Namespace) -> None:
+    from ernie_lab.describe import as_lines, config_facts
     from ernie_lab.loading import locate_source
 
     located = locate_source(options.source, options.revision, config_only=True)
     config = read_config_file(located.folder, options.ignore)
-    if isinstance(config, VLConfig):
-        print(f"{options.source}: vision-language; the text decoder of it:")
-        print(f"{'vision':14}{config.vision}")
-        print(f"{'vision bank':14}experts of width {config.vision_expert_hidden}")
-        config = config.text
-    for name, value in _facts(config).items():
-        print(f"{name:14}{value}")
+    kind = "vision-language" if isinstance(config, VLConfig) else "text"
+    facts = {"model": f"{options.source}, {kind}"} | config_facts(config)
+    print(as_lines(facts, width=14))
     _print_sites(config, every=options.sites)
 
 
-def _facts(config: TextConfig) -> dict[str, str]:
+def _print_sites(config: ModelConfig, every: bool) -> None:
     import torch
 
-    counts, moe, attention = count_parameters(config), config.moe, config.attention
-    facts = {
-        "parameters": f"{counts.total:,} in all, {counts.active:,} multiply for one token",
-        "of which": ", ".join(f"{part} {n:,}" for part, n in counts.by_part.items() if n),
-        "weights": ", ".join(
-            f"{in_words(weight_bytes(config, dtype))} as {str(dtype)[6:]}"
-            for dtype in (torch.float32, torch.bfloat16)
-        ),
-        "layers": f"{config.n_layers} of width {config.width}, dense MLPs {config.dense_hidden}",
-        "attention": f"{attention.n_heads} heads over {attention.n_kv_heads} key/value heads of "
-        f"width {attention.head_dim}",
-        "positions": f"{config.rope.max_positions:,}, theta {config.rope.theta:g}, "
-        f"scaling {config.rope.scaling or 'none'}",
-        "vocabulary": f"{config.vocab_size:,}, {'tied' if config.tied else 'untied'}",
-    }
-    if moe is not None:
-        facts["experts"] = (
-            f"{moe.router.n_experts} of width {moe.expert_hidden}, {moe.router.n_chosen} chosen, "
-            f"{moe.n_shared} shared; in {_layers(moe.layers)}"
-        )
-    return facts
-
-
-def _layers(layers: tuple[int, ...]) -> str:
-    """`layers 1 to 27`, `layers 3 to 27 by 4`; each by its number where there is no such rule."""
-    first, last = layers[0], layers[-1]
-    step = layers[1] - first if len(layers) > 1 else 1
-    if len(layers) < 3 or layers != tuple(range(first, last + 1, step)):
-        return f"layer{'s' if len(layers) > 1 else ''} {', '.join(map(str, layers))}"
-    return f"layers {first} to {last}" + (f" by {step}" if step > 1 else "")
-
-
-def _print_sites(config: TextConfig, every: bool) -> None:
-    import torch
-
-    from ernie_lab.model.text import TextModel
+    from ernie_lab.model.kinds import build
     from ernie_lab.sites import all_sites
 
     with torch.device("meta"):
-        sites = all_sites(TextModel(config))
+        sites = all_sites(build(config))
     if not every:
         print(f"{'sites':14}{len(sites)}; list them with --sites")
         return
@@ -181,6 +142,8 @@ def _run(options: argparse.Namespace) -> None:
     if options.max_new_tokens:
         gen = lab.generate(
             options.prompt,
+            images=options.image,
+            videos=options.video,
             max_new_tokens=options.max_new_tokens,
             temperature=options.temperature,
             seed=options.seed,
@@ -189,7 +152,7 @@ def _run(options: argparse.Namespace) -> None:
         trace, generated = gen.trace, gen.texts[0]
         print(generated)
     else:
-        run = lab.run(options.prompt, keep=keep)
+        run = lab.run(options.prompt, images=options.image, videos=options.video, keep=keep)
         trace = run.trace
         print(run)
     print(f"trace:  {trace.save(options.out / 'trace')}")

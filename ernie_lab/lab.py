@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import html
-import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
@@ -12,26 +10,31 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor
 
-from ernie_lab.arguments import as_edits, as_processors, as_seeds, split_stops, text_only
-from ernie_lab.checkpoint import LoadReport, TextConfig, count_parameters
-from ernie_lab.display import ranges
+from ernie_lab.arguments import as_edits, as_processors, as_seeds, split_stops
+from ernie_lab.checkpoint import LoadReport, TextConfig
+from ernie_lab.checkpoint.config import ModelConfig
+from ernie_lab.describe import as_lines, as_table, lab_facts
 from ernie_lab.inference.defaults import GenerationDefaults, merged
 from ernie_lab.inference.forward import Forward, LogitsWanted, aligned_labels, forward
 from ernie_lab.inference.generate import LogitsProcessor, Settings
 from ernie_lab.inference.writer import Piece
 from ernie_lab.inputs import (
     Batch,
+    ImageLike,
+    Media,
+    Preprocessor,
     Prompt,
+    SamplingRule,
     Tokenizer,
-    default_template,
-    is_chat,
+    VideoLike,
     is_single,
-    pad_batch,
-    read_prompt,
-    template_kind,
+    prepare_image,
+    prepare_video,
 )
+from ernie_lab.inputs.visual_layout import PositionRule
 from ernie_lab.interventions.edits import Edit, EditTap, Hook
-from ernie_lab.model.text import TextModel
+from ernie_lab.model.kinds import Model
+from ernie_lab.preparing import Images, Videos, prepare
 from ernie_lab.results import Generation, Run
 from ernie_lab.session import (
     Call,
@@ -40,12 +43,13 @@ from ernie_lab.session import (
     pieces,
     real_ids,
     recorder_for,
+    sizes_of,
     trace_of,
     warn_if_long,
 )
 from ernie_lab.sites import Tap, all_sites, idle
 from ernie_lab.trace.activation_cache import ActivationCache, CacheTap
-from ernie_lab.trace.budget import estimate_bytes, require_budget
+from ernie_lab.trace.budget import require_budget
 from ernie_lab.trace.keep import Keep, Names
 
 if TYPE_CHECKING:
@@ -64,15 +68,17 @@ class Lab:
     also run in several threads.
     """
 
-    model: TextModel
+    model: Model
     tokenizer: Tokenizer | None = None
     model_id: str = "in memory"
     revision: str | None = None
     defaults: GenerationDefaults = dataclasses.field(default_factory=GenerationDefaults)
     report: LoadReport | None = None
+    preprocessor: Preprocessor | None = None
+    positions: PositionRule = "reference"
 
     @property
-    def config(self) -> TextConfig:
+    def config(self) -> ModelConfig:
         return self.model.config
 
     @property
@@ -91,32 +97,60 @@ class Lab:
         rows = [[getattr(site, c) for c in columns] for site in all_sites(self.model)]
         return pd.DataFrame(rows, columns=pd.Index(columns)).set_index("path")
 
-    def prepare(self, prompt: Prompt, chat: Mapping[str, Any] | None = None) -> Batch:
-        """The batch that `run` would read: ids, mask, positions; padded on the left."""
-        options = dict(chat or {})
-        has_none = self.tokenizer is not None and self.tokenizer.chat_template is None
-        if is_chat(prompt) and has_none and "template" not in options:
-            options["template"] = default_template(template_kind(self.model_id))
-            warnings.warn(
-                f"{self.model_id} has no chat template; the general one of ERNIE 4.5 is used. "
-                "Was it trained on chats at all?",
-                stacklevel=3,
-            )
-        sequences = read_prompt(prompt, self.tokenizer, **options)
-        return pad_batch(
-            [sequence.ids for sequence in sequences],
-            pad_id=self.config.ids.pad or 0,
-            vocab_size=self.config.vocab_size,
-            device=self.device,
-            texts=[sequence.text for sequence in sequences],
+    def prepare(
+        self,
+        prompt: Prompt,
+        chat: Mapping[str, Any] | None = None,
+        *,
+        images: Images | None = None,
+        videos: Videos | None = None,
+    ) -> Batch:
+        """The batch that `run` would read: ids, mask, positions, pictures; padded on the left."""
+        return prepare(self, prompt, chat, images, videos)
+
+    def read_image(
+        self, image: ImageLike, *, allow_url: bool = False, source: str | None = None
+    ) -> Media:
+        """An image as this model reads it; URLs only when they are allowed."""
+        return prepare_image(image, self._preprocessor(), allow_url=allow_url, source=source)
+
+    def read_video(
+        self,
+        video: VideoLike,
+        *,
+        rule: SamplingRule | None = None,
+        fps: float | None = None,
+        timestamps: bool | None = None,
+        allow_url: bool = False,
+        source: str | None = None,
+    ) -> Media:
+        """A clip as this model reads it.
+
+        `rule` ("baidu" or "transformers") and `fps` choose the frames of a file; for a list of
+        frames `fps` says how fast they pass. `timestamps`: draw the time on each frame, as the
+        model was trained to see it. See `ernie_lab.inputs.prepare_video`.
+        """
+        return prepare_video(
+            video,
+            self._preprocessor(),
+            rule=rule,
+            fps=fps,
+            timestamps=timestamps,
+            allow_url=allow_url,
+            source=source,
         )
+
+    def _preprocessor(self) -> Preprocessor:
+        if isinstance(self.config, TextConfig):
+            raise ValueError(f"{self.model_id} reads text alone; it has no use for pictures")
+        return self.preprocessor or Preprocessor()
 
     def run(
         self,
         prompt: Prompt,
         *,
-        images: None = None,
-        videos: None = None,
+        images: Images | None = None,
+        videos: Videos | None = None,
         keep: Names | None = (),
         edits: Edit | Iterable[Edit] = (),
         labels: Tensor | Sequence[Sequence[int]] | Sequence[int] | None = None,
@@ -128,6 +162,10 @@ class Lab:
         """One forward pass.
 
         Args:
+            images, videos: paths, bytes, PIL images or arrays (clips also as lists of frames),
+                or what `read_image` and `read_video` return. A string with pictures becomes a
+                user's message, the pictures before the text; messages may hold theirs as parts.
+                Several prompts need one list for each.
             keep: what to record: a group (`"routing"`, `"attention"`, `"residual"`, `"all"`),
                 paths, globs, Sites, or `el.keep(...)` with filters. Refused, with the figure,
                 when it would exceed `max_bytes` (half of the free memory unless given).
@@ -137,14 +175,13 @@ class Lab:
             logits: `"all"`, `"last"` (of each sequence, no loss) or `"loss"` (losses alone, the
                 `[b s v]` never in memory).
             grad: keep the graph, for gradients with respect to sites or weights.
-            chat: for messages only: variables of the chat template (`enable_thinking`, `tools`),
-                `template`, `add_generation_prompt`.
+            chat: for messages, and strings with pictures: variables of the chat template
+                (`enable_thinking`, `tools`), `template`, `add_generation_prompt`.
         """
-        text_only(images, videos)
         if labels is not None and logits == "last":
             raise ValueError('labels would not be used: logits="last" computes no loss')
         edits = as_edits(edits)
-        batch = self.prepare(prompt, chat)
+        batch = self.prepare(prompt, chat, images=images, videos=videos)
         warn_if_long(self, max(batch.lengths))
         recorder = recorder_for(self, keep, batch, edits, grad=grad, max_bytes=max_bytes)
         tap = EditTap.of(edits, all_sites(self.model), recorder or idle)
@@ -155,7 +192,7 @@ class Lab:
             )
         out = self._forward(batch, tap if edits else recorder or idle, labels, logits, grad)
         tap.warn_if_idle()
-        moe = self.config.moe
+        moe = self.config.decoder.moe
         return Run(
             batch=batch,
             logits=out.logits,
@@ -165,7 +202,7 @@ class Lab:
             aux_loss_transformers=out.aux_loss_transformers,
             aux_loss_coef=moe.aux_loss_coef if moe else 0.0,
             edits=tap.counts,
-            _trace=trace_of(self, recorder, real_ids(batch), tap) if recorder else None,
+            _trace=trace_of(self, recorder, batch, real_ids(batch), tap) if recorder else None,
         )
 
     def generate(
@@ -181,8 +218,8 @@ class Lab:
         repetition_penalty: float | None = None,
         seed: int | Sequence[int] = 0,
         stop: int | str | Sequence[int | str] | None = None,
-        images: None = None,
-        videos: None = None,
+        images: Images | None = None,
+        videos: Videos | None = None,
         keep: Names | None = (),
         edits: Edit | Iterable[Edit] = (),
         logits_processors: LogitsProcessor | Sequence[LogitsProcessor] = (),
@@ -202,7 +239,7 @@ class Lab:
             logits_processors: called in order as `fn(ids, logits) -> logits`, after the
                 repetition penalty and before the temperature.
             stream: called with every `Piece` as it comes. For an iterator see `stream`.
-            keep, edits, max_bytes, chat: as in `run`.
+            images, videos, keep, edits, max_bytes, chat: as in `run`.
         """
         running = self.stream(
             prompt,
@@ -238,8 +275,8 @@ class Lab:
         min_new_tokens: int = 0,
         stop: int | str | Sequence[int | str] | None = None,
         seed: int | Sequence[int] = 0,
-        images: None = None,
-        videos: None = None,
+        images: Images | None = None,
+        videos: Videos | None = None,
         keep: Names | None = (),
         edits: Edit | Iterable[Edit] = (),
         logits_processors: LogitsProcessor | Sequence[LogitsProcessor] = (),
@@ -252,7 +289,6 @@ class Lab:
         chat: Mapping[str, Any] | None = None,
     ) -> Stream:
         """`generate` as an iterator over pieces; `.result` is the `Generation` at its end."""
-        text_only(images, videos)
         stop_ids, stop_strings = (self.defaults.stop_ids, ()) if stop is None else split_stops(stop)
         settings = Settings(
             max_new_tokens=max_new_tokens,
@@ -271,7 +307,7 @@ class Lab:
             stop_strings=stop_strings,
             seeds=as_seeds(seed),
         )
-        batch = self.prepare(prompt, chat)
+        batch = self.prepare(prompt, chat, images=images, videos=videos)
         call = Call(settings, as_edits(edits), as_processors(logits_processors), is_single(prompt))
         return Stream(pieces(self, batch, call, keep, max_bytes))
 
@@ -283,6 +319,8 @@ class Lab:
         remove_batch_dim: bool = False,
         incl_bwd: bool = False,
         device: str | torch.device | None = None,
+        images: Images | None = None,
+        videos: Videos | None = None,
         max_bytes: int | None = None,
         chat: Mapping[str, Any] | None = None,
     ) -> tuple[Tensor, ActivationCache]:
@@ -294,10 +332,11 @@ class Lab:
         gradient of the mean loss by each cached value as `name + "_grad"`; no gradient passes
         top-k.
         """
-        batch, sites = self.prepare(prompt, chat), all_sites(self.model)
+        batch = self.prepare(prompt, chat, images=images, videos=videos)
+        sites = all_sites(self.model)
         chosen = cached_sites(names_filter, sites)
         what = Keep.of(chosen, sites)
-        sizes = estimate_bytes(what, self.config, batch.lengths, 0, self.dtype, incl_bwd)
+        sizes = sizes_of(self, what, batch, grad=incl_bwd)
         require_budget(sizes, max_bytes, device=str(self.device))
         tap = CacheTap(chosen, grad=incl_bwd)
         out = self._forward(batch, tap, None, "all", incl_bwd)
@@ -322,6 +361,8 @@ class Lab:
         fwd_hooks: Hooks = (),
         *,
         return_type: Literal["logits", "loss", "both"] = "logits",
+        images: Images | None = None,
+        videos: Videos | None = None,
         grad: bool = False,
         chat: Mapping[str, Any] | None = None,
     ) -> Any:
@@ -333,7 +374,8 @@ class Lab:
         if return_type not in ("logits", "loss", "both"):
             raise ValueError(f'return_type={return_type!r} must be "logits", "loss" or "both"')
         tap = EditTap.of([Hook(where, fn) for where, fn in fwd_hooks], all_sites(self.model))
-        out = self._forward(self.prepare(prompt, chat), tap, None, "all", grad)
+        batch = self.prepare(prompt, chat, images=images, videos=videos)
+        out = self._forward(batch, tap, None, "all", grad)
         both = {"logits": out.logits, "loss": out.loss, "both": (out.logits, out.loss)}
         return both[return_type]
 
@@ -345,36 +387,12 @@ class Lab:
         logits: LogitsWanted,
         grad: bool,
     ) -> Forward:
-        vocab = self.config.vocab_size
+        vocab = self.config.decoder.vocab_size
         labels_BS = None if labels is None else aligned_labels(labels, batch, vocab)
         return forward(self.model, batch, tap, labels=labels_BS, logits=logits, grad=grad)
 
     def __repr__(self) -> str:
-        return "\n".join(f"{name:12}{value}" for name, value in self._facts().items())
+        return as_lines(lab_facts(self))
 
     def _repr_html_(self) -> str:
-        rows = "".join(
-            f"<tr><th style='text-align:left'>{html.escape(name)}</th>"
-            f"<td style='text-align:left'>{html.escape(value)}</td></tr>"
-            for name, value in self._facts().items()
-        )
-        return f"<table>{rows}</table>"
-
-    def _facts(self) -> dict[str, str]:
-        config, counts = self.config, count_parameters(self.config)
-        moe = config.moe
-        facts = {
-            "model": self.model_id + (f" @ {self.revision[:12]}" if self.revision else ""),
-            "parameters": f"{counts.total / 1e6:,.3g} M, {counts.active / 1e6:,.3g} M active",
-            "layers": f"{config.n_layers}, width {config.width}",
-            "attention": f"{config.attention.n_heads} heads over {config.attention.n_kv_heads} "
-            f"key/value heads of width {config.attention.head_dim}",
-            "experts": "none (dense)"
-            if moe is None
-            else f"{moe.router.n_experts}, {moe.router.n_chosen} chosen, {moe.n_shared} shared; in "
-            f"layers {ranges(moe.layers)}",
-            "vocabulary": f"{config.vocab_size:,}"
-            + ("" if self.tokenizer else " (no tokenizer: prompts are token ids)"),
-            "weights": f"{str(self.dtype).removeprefix('torch.')} on {self.device}",
-        }
-        return facts
+        return as_table(lab_facts(self))

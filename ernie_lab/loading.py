@@ -23,9 +23,10 @@ from ernie_lab.checkpoint import (
 from ernie_lab.checkpoint.config_json import CONFIG_NAME
 from ernie_lab.checkpoint.hub import locate_config
 from ernie_lab.inference.defaults import read_defaults
-from ernie_lab.inputs import load_tokenizer
+from ernie_lab.inputs import load_tokenizer, read_preprocessor
+from ernie_lab.inputs.visual_layout import PositionRule
 from ernie_lab.lab import Lab
-from ernie_lab.model.text import TextModel
+from ernie_lab.model.kinds import build
 from ernie_lab.organisms.builtin import BUILTIN, builtin_path, unknown_name
 
 DTYPES = ("float32", "bfloat16", "float16", "float64")
@@ -38,12 +39,13 @@ def load(
     dtype: str | torch.dtype | None = None,
     revision: str | None = None,
     ignore: Sequence[str] = (),
+    positions: PositionRule = "reference",
     progress: bool = True,
 ) -> Lab:
     """Open a model.
 
     Args:
-        source: `"tiny-text"` (ships in the package), a folder, or a hub id such as
+        source: `"tiny-text"` or `"tiny-vl"` (ship in the package), a folder, or a hub id such as
             `"baidu/ERNIE-4.5-21B-A3B-PT"`.
         device: where the weights go; the first GPU if there is one, else the CPU.
         dtype: of weights and activations. If absent the checkpoint's own: what config.json
@@ -52,6 +54,8 @@ def load(
         revision: branch, tag or commit on the hub; the commit is recorded with every result.
         ignore: names of config fields unknown to this package that you have checked to change
             nothing in the maths. Known fields at unsupported values stay refused.
+        positions: of text after pictures. `"transformers"` follows its rule, which differs from
+            the reference's for clips that are longer than wide.
         progress: show a bar while reading.
 
     Raises:
@@ -69,18 +73,15 @@ def load(
         raise ValueError(f"dtype={dtype!r} must be one of {', '.join(DTYPES)}")
     located = locate_source(source, revision)
     config = read_config_file(located.folder, ignore)
-    if not isinstance(config, TextConfig):
-        raise ConfigError(
-            f"{located.model_id} is a vision-language model. Its config is understood "
-            "(`ernie-lab info`), but this version loads text models only"
-        )
-    defaults = read_defaults(located.folder, config.ids.eos)
+    if positions != "reference" and isinstance(config, TextConfig):
+        raise ValueError(f"positions={positions!r} is about pictures; this model reads text alone")
+    defaults = read_defaults(located.folder, config.decoder.ids.eos)
     is_builtin = source in BUILTIN
     reader = Reader.open(located.folder)
     kind = given or (torch.float32 if is_builtin else _own_dtype(located.folder, reader))
     require_memory(config, kind, where)
     with torch.device("meta"):
-        model = TextModel(config)
+        model = build(config)
     report = fill(
         model,
         reader,
@@ -96,6 +97,8 @@ def load(
         revision=located.revision,
         defaults=defaults,
         report=report,
+        preprocessor=None if isinstance(config, TextConfig) else read_preprocessor(located.folder),
+        positions=positions,
     )
 
 

@@ -5,10 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ernie_lab.inference.generate import Settings
 from ernie_lab.inputs.batch import Batch
+from ernie_lab.inputs.thinking import Thought
 from ernie_lab.interventions.edits import EditCount
 from ernie_lab.trace.trace import Trace
 
@@ -24,15 +26,16 @@ class Run:
     `logits` `[b s v]` (`[b 1 v]` under `logits="last"`, None under `"loss"`); padding is on the
     left, `mask` `[b s]` is True on real tokens. `token_loss` `[b s]`: nats of token s given
     those before it, NaN where nothing is predicted. `loss` is its mean, cross-entropy alone.
-    `aux_loss` is on transformers' scale (balanced = k) from the experts really chosen;
-    `aux_loss_transformers` is the bias-blind value that transformers reports.
+    `aux_loss` is on transformers' scale (balanced = k) from the experts really chosen: one value,
+    or in a vision-language model one for each bank. `aux_loss_transformers` is the bias-blind
+    value that transformers reports, with both banks in one column.
     """
 
     batch: Batch
     logits: Tensor | None
     token_loss: Tensor | None
     loss: Tensor | None
-    aux_loss: Tensor | None
+    aux_loss: Tensor | dict[str, Tensor] | None
     aux_loss_transformers: Tensor | None
     aux_loss_coef: float
     edits: tuple[EditCount, ...]
@@ -48,18 +51,22 @@ class Run:
 
     @property
     def loss_with_aux(self) -> Tensor | None:
-        """loss + coefficient x aux_loss, the training objective; `loss` for a dense model."""
+        """loss + coefficient x aux_loss (of every bank), the training objective; `loss` for a
+        dense model."""
         if self.loss is None or self.aux_loss is None:
             return self.loss
-        return self.loss + self.aux_loss_coef * self.aux_loss
+        by_bank = self.aux_loss if isinstance(self.aux_loss, dict) else {"text": self.aux_loss}
+        return self.loss + self.aux_loss_coef * torch.stack(list(by_bank.values())).sum()
+
+    def _losses(self) -> dict[str, Tensor]:
+        found = {} if self.loss is None else {"loss": self.loss}
+        if isinstance(self.aux_loss, dict):
+            return found | {f"aux_loss[{bank}]": value for bank, value in self.aux_loss.items()}
+        return found if self.aux_loss is None else found | {"aux_loss": self.aux_loss}
 
     def __repr__(self) -> str:
         parts = [f"{len(self.batch.lengths)} sequences, {sum(self.batch.lengths)} tokens"]
-        parts += [
-            f"{name}={float(value):.4f}"
-            for name in ("loss", "aux_loss")
-            if (value := getattr(self, name)) is not None
-        ]
+        parts += [f"{name}={float(value):.4f}" for name, value in self._losses().items()]
         parts.append("nothing kept" if self._trace is None else f"kept {self._trace.keep}")
         return f"Run({', '.join(parts)})"
 
@@ -69,7 +76,8 @@ class Generation:
     """A generation. `tokens` holds the new ids of each sequence, a stop id included.
 
     `texts` are the new texts without special tokens, cut before a stop string; `finish` says
-    why each ended: `"stop"` (a stop id), `"stop string"`, or `"length"`. `settings` are those
+    why each ended: `"stop"` (a stop id), `"stop string"`, or `"length"`. `thoughts` are the texts
+    cut into thinking and answer (empty without a tokenizer). `settings` are those
     in force, defaults of the checkpoint included, and `defaults` says where these came from.
     """
 
@@ -81,12 +89,25 @@ class Generation:
     defaults: str
     edits: tuple[EditCount, ...]
     single: bool
+    thoughts: tuple[Thought, ...]
     _trace: Trace | None
 
     @property
     def text(self) -> str | list[str]:
         """The text of the one sequence, or a list for a batch."""
         return self.texts[0] if self.single else self.texts
+
+    @property
+    def thinking(self) -> str | list[str | None] | None:
+        """What a thinking model wrote before its answer; None if it did not think."""
+        found = [thought.thinking for thought in self.thoughts]
+        return found[0] if self.single else found
+
+    @property
+    def answer(self) -> str | list[str]:
+        """The text without the thinking; empty where the thinking never came to an end."""
+        found = [thought.answer for thought in self.thoughts]
+        return found[0] if self.single else found
 
     @property
     def trace(self) -> Trace:

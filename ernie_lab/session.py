@@ -9,18 +9,22 @@ import dataclasses
 import hashlib
 import json
 import warnings
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 import torch
+from torch import Tensor
 
-from ernie_lab.checkpoint.config import DynamicScaling, TextConfig
+from ernie_lab.checkpoint.config import DynamicScaling, ModelConfig
 from ernie_lab.inference.defaults import GenerationDefaults
 from ernie_lab.inference.generate import LogitsProcessor, Settings, decode
 from ernie_lab.inference.writer import Piece, Writer
 from ernie_lab.inputs import Batch, Tokenizer
+from ernie_lab.inputs.thinking import read_thinking, thinking_is_open
 from ernie_lab.interventions.edits import Edit, EditTap
+from ernie_lab.model.kinds import Model
+from ernie_lab.model.router import Router
 from ernie_lab.model.text import TextModel
 from ernie_lab.results import Generation
 from ernie_lab.sites import Site, all_sites, filtered, idle, select
@@ -36,7 +40,7 @@ class Opened(Protocol):
     """What a call needs to know of the `Lab` it is made on."""
 
     @property
-    def model(self) -> TextModel: ...
+    def model(self) -> Model: ...
     @property
     def tokenizer(self) -> Tokenizer | None: ...
     @property
@@ -46,7 +50,7 @@ class Opened(Protocol):
     @property
     def defaults(self) -> GenerationDefaults: ...
     @property
-    def config(self) -> TextConfig: ...
+    def config(self) -> ModelConfig: ...
     @property
     def device(self) -> torch.device: ...
     @property
@@ -93,15 +97,42 @@ def recorder_for(
     if keep is None or (isinstance(keep, list | tuple) and not keep):
         return None
     what = Keep.of(keep, all_sites(lab.model), edited=bool(edits))
-    sizes = estimate_bytes(what, lab.config, batch.lengths, max_new_tokens, lab.dtype, grad)
+    sizes = sizes_of(lab, what, batch, max_new_tokens, grad=grad, edited=bool(edits))
     # With gradients the tensors themselves are held, where the model is.
     require_budget(sizes, max_bytes, device=str(lab.device) if grad else what.devices)
     return Recorder(what, grad=grad)
 
 
+def sizes_of(
+    lab: Opened,
+    what: Keep,
+    batch: Batch,
+    max_new_tokens: int = 0,
+    *,
+    grad: bool = False,
+    edited: bool = False,
+) -> dict[str, int]:
+    """Bytes of every kept site, an upper bound. An edit may move tokens from bank to bank."""
+    visual = batch.visual
+    on_vision = None
+    if visual is not None and not edited:
+        on_vision = visual.layout.bank_BS.sum(1).tolist()
+    return estimate_bytes(
+        what,
+        lab.config,
+        batch.lengths,
+        max_new_tokens,
+        lab.dtype,
+        grad,
+        grids=[media.grid for media in visual.media] if visual else (),
+        n_vision=on_vision,
+    )
+
+
 def trace_of(
     lab: Opened,
     recorder: Recorder,
+    batch: Batch,
     ids: Sequence[Sequence[int]],
     tap: EditTap,
     seed: int | None = None,
@@ -114,6 +145,7 @@ def trace_of(
         texts=texts,
         routers=_routers(lab),
         edited=tap.by_path.keys(),
+        media=batch.visual.media if batch.visual else (),
         provenance=Provenance.now(
             lab.model_id,
             revision=lab.revision,
@@ -134,12 +166,19 @@ def config_hash(lab: Opened) -> str:
     return hashlib.sha256(fields.encode()).hexdigest()
 
 
-def _routers(lab: Opened) -> Routers | None:
-    moe = lab.config.moe
+def _routers(lab: Opened) -> Routers | dict[str, Routers] | None:
+    """What the trace needs of the routers; by bank in a vision-language model."""
+    moe, model = lab.config.decoder.moe, lab.model
     if moe is None:
         return None
-    biases = {layer: router.correction_bias_E for layer, router in lab.model.routers().items()}
-    return Routers(moe.router.n_experts, moe.router.n_chosen, biases)
+    n, k = moe.router.n_experts, moe.router.n_chosen
+    if isinstance(model, TextModel):
+        return Routers(n, k, _biases(model.routers()))
+    return {bank: Routers(n, k, _biases(layers)) for bank, layers in model.routers().items()}
+
+
+def _biases(routers: Mapping[int, Router]) -> dict[int, Tensor]:
+    return {layer: router.correction_bias_E for layer, router in routers.items()}
 
 
 class Stream(Iterator[Piece]):
@@ -219,10 +258,21 @@ def pieces(
         defaults=lab.defaults.source,
         edits=tap.counts,
         single=call.single,
-        _trace=trace_of(lab, recorder, ids, tap, settings.seeds[0], settings=repr(settings))
+        thoughts=tuple(
+            read_thinking(writer.tokens, lab.tokenizer, opened, text=writer.text)
+            for writer, opened in zip(writers, _opened(lab.tokenizer, prompts), strict=True)
+        )
+        if lab.tokenizer
+        else (),
+        _trace=trace_of(lab, recorder, batch, ids, tap, settings.seeds[0], settings=repr(settings))
         if recorder
         else None,
     )
+
+
+def _opened(tokenizer: Tokenizer, prompts: Sequence[Sequence[int]]) -> list[bool]:
+    """Which prompts end inside of a thought, so that the new text begins as thinking."""
+    return [thinking_is_open(prompt, tokenizer) for prompt in prompts]
 
 
 def _reason(writer: Writer, settings: Settings) -> str:
@@ -233,8 +283,8 @@ def _reason(writer: Writer, settings: Settings) -> str:
 
 def warn_if_long(lab: Opened, n_positions: int) -> None:
     """Say so when a text leaves the positions that the model was trained for."""
-    limit = lab.config.rope.max_positions
-    stretches = isinstance(lab.config.rope.scaling, DynamicScaling)
+    rope = lab.config.decoder.rope
+    limit, stretches = rope.max_positions, isinstance(rope.scaling, DynamicScaling)
     if n_positions > limit and not stretches:
         warnings.warn(
             f"the text reaches {n_positions} positions; the model was made for {limit}",

@@ -49,6 +49,33 @@ class Site:
         return "t" in self.dims.split()
 
     @property
+    def row(self) -> str:
+        """The letter of its rows: `b` (with `s`) tokens, `n` a bank's tokens, `p` patches, `i`
+        frames, `o` blocks of patches, `m` image tokens."""
+        return self.dims[0]
+
+    @property
+    def of_pictures(self) -> bool:
+        """Does it belong to the tower or the resampler, which run in a prefill with pictures?"""
+        return self.row in "piom"
+
+    @property
+    def of_patches(self) -> bool:
+        """Are its rows patches, blocks or frames of them, and no tokens?"""
+        return self.row in "pio"
+
+    @property
+    def bank(self) -> str | None:
+        """Whose experts, in a layer that has two banks: `text` or `vision`."""
+        match = re.match(r"blocks\.\d+\.moe\.(\w+)\.", self.path)
+        return match.group(1) if match and self.row == "n" else None
+
+    @property
+    def bank_path(self) -> str | None:
+        """The path of the site that says which bank each token takes, for a site in a bank."""
+        return None if self.bank is None else f"blocks.{self.layer}.moe.bank"
+
+    @property
     def layer(self) -> int | None:
         """The layer's true number in `blocks.{layer}.…`, or None outside the decoder blocks."""
         match = re.match(r"blocks\.(\d+)\.", self.path)
@@ -69,14 +96,21 @@ class Site:
 class Step:
     """What one forward pass is part of; taps are bound to it, because edits select on it.
 
-    `mask` is True on real tokens (padding and finished sequences are False), `positions` are
-    the rotary positions; both `[b s]`. `index` counts forwards: 0 is the prefill.
+    `mask` `[b s]` is True on real tokens (padding and finished sequences are False),
+    `positions` are the rotary positions, `[b s]` or `[b s 3]`. `index` counts forwards: 0 is the
+    prefill. In a vision-language model `modality` `[b s]` is 0 text, 1 image, 2 video (delimiters
+    are text), `bank` `[b s]` the bank that each token is expected to take, 0 text and 1 vision,
+    and `grids` are all pictures of this forward in reading order: (frames, rows, columns) of
+    patches. Where the first two are None, every token is text.
     """
 
     phase: Phase
     index: int
     positions: Tensor
     mask: Tensor
+    modality: Tensor | None = None
+    bank: Tensor | None = None
+    grids: tuple[tuple[int, int, int], ...] = ()
 
 
 @runtime_checkable
@@ -250,11 +284,7 @@ def select(patterns: str | Site | Iterable[str | Site], sites: Sequence[Site]) -
 def _matches(pattern: str, sites: Sequence[Site]) -> set[str]:
     matched: set[str] = set()
     for spelling in _spellings(pattern):
-        matched |= {
-            site.path
-            for site in sites
-            if fnmatch.fnmatchcase(site.path, spelling) or site.quantity == spelling
-        }
+        matched |= {site.path for site in sites if _means(spelling, site)}
     if not matched:
         raise SiteError(_no_site(pattern, sites))
     return matched
@@ -267,10 +297,30 @@ def _no_site(name: str, sites: Sequence[Site]) -> str:
     routed = sorted({s.layer for s in sites if s.layer is not None and ".moe." in s.path})
     named = re.match(r"blocks\.(\d+)\.(moe\.)?", name)
     layer = int(named.group(1)) if named else None
-    if layers and layer is not None and layer not in layers:
+    if in_banks := _in_banks(name, sites):
+        why = (
+            "this model has two banks of experts, and expert 5 of the one is not expert 5 of the "
+            f"other; name one: {' or '.join(in_banks)}. "
+        )
+    elif layers and layer is not None and layer not in layers:
         why = f"the model's layers are {ranges(layers)}. "
     elif named and named.group(2) and layer not in routed:
         why = f"layer {layer} is dense; layers with experts: {ranges(routed)}. "
     else:
         why = f"nearest: {', '.join(near)}. " if near else ""
     return f"no site matches {name!r}; {why}`lab.sites()` lists all {len(paths)}."
+
+
+def _in_banks(name: str, sites: Sequence[Site]) -> list[str]:
+    """The names under each bank, of what a text model has once: `moe.text.router_logits`, …"""
+    banks = list(dict.fromkeys(site.bank for site in sites if site.bank))
+    for spelling in _spellings(name):
+        where, moe, quantity = spelling.rpartition("moe.")
+        found = [f"{where}moe.{bank}.{quantity}" for bank in banks if moe]
+        if found and all(any(_means(path, site) for site in sites) for path in found):
+            return found
+    return []
+
+
+def _means(spelling: str, site: Site) -> bool:
+    return fnmatch.fnmatchcase(site.path, spelling) or site.quantity == spelling

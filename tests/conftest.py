@@ -10,7 +10,20 @@ from hypothesis import settings
 from jaxtyping import install_import_hook
 
 # Annotations are checked while the tests run, shapes included; users pay nothing for them.
-CHECKED = ("attention", "experts", "losses", "mlp", "moe", "norm", "rope", "router")
+CHECKED = (
+    "attention",
+    "banks",
+    "experts",
+    "frames",
+    "losses",
+    "mlp",
+    "moe",
+    "norm",
+    "resampler",
+    "rope",
+    "router",
+    "vision",
+)
 install_import_hook([f"ernie_lab.model.{name}" for name in CHECKED], "beartype.beartype")
 
 from support.models import small_config, small_model

@@ -12,11 +12,13 @@ from einops import rearrange
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
+from ernie_lab.inference.prefill import bound, prefill, prefill_step
 from ernie_lab.inputs.batch import Batch
+from ernie_lab.model.kinds import Model
 from ernie_lab.model.losses import IGNORED
 from ernie_lab.model.stack import Hidden
 from ernie_lab.model.text import TextModel
-from ernie_lab.sites import BindableTap, Step, Tap, idle
+from ernie_lab.sites import Tap, idle
 
 LogitsWanted = Literal["all", "last", "loss"]
 
@@ -29,22 +31,19 @@ class Forward:
     """`logits` `[b s v]` ("all"), `[b 1 v]` ("last") or None ("loss"); `token_loss` `[b s]`.
 
     `token_loss[b, s]` is the cross-entropy in nats of token s given those before it, NaN where
-    nothing was predicted: the first token, padding, and labels of -100. None under "last".
+    nothing was predicted: the first token, padding, pictures, and labels of -100. None under
+    "last". `aux_loss` is one value in a text model, one for each bank in a vision-language model.
     """
 
     logits: Tensor | None
     token_loss: Tensor | None
     loss: Tensor | None
-    aux_loss: Tensor | None
+    aux_loss: Tensor | dict[str, Tensor] | None
     aux_loss_transformers: Tensor | None
 
 
-def bound(tap: Tap, step: Step) -> Tap:
-    return tap.bind(step) if isinstance(tap, BindableTap) else tap
-
-
 def forward(
-    model: TextModel,
+    model: Model,
     batch: Batch,
     tap: Tap = idle,
     *,
@@ -59,11 +58,9 @@ def forward(
     """
     if logits not in ("all", "last", "loss"):
         raise ValueError(f'logits={logits!r} must be "all", "last" or "loss"')
-    step = Step("prefill", 0, batch.positions, batch.mask)
-    tap = bound(tap, step)
-    mask = None if bool(batch.mask.all()) else batch.mask
+    tap = bound(tap, prefill_step(batch))
     with torch.set_grad_enabled(grad):
-        hidden = model.trunk(batch.input_ids, mask, batch.positions, tap=tap)
+        hidden = prefill(model, batch, tap)
         kept_BSV = None
         if logits != "loss":
             last = hidden.normed_BSD if logits == "all" else hidden.normed_BSD[:, -1:]
@@ -72,7 +69,8 @@ def forward(
         if logits != "last":
             targets_BS = predicted(batch, batch.input_ids if labels is None else labels)
             token_loss = _token_loss(model, hidden, kept_BSV, targets_BS)
-        aux = aux_transformers = None
+        aux: Tensor | dict[str, Tensor] | None = None
+        aux_transformers = None
         if hidden.routings:
             by_bank = hidden.aux_losses()
             aux = by_bank["text"] if isinstance(model, TextModel) else by_bank
@@ -82,15 +80,20 @@ def forward(
 
 
 def predicted(batch: Batch, labels_BS: Tensor) -> Tensor:
-    """`labels` with -100 wherever no real token stands before a real token to predict it."""
+    """`labels` with -100 wherever no real token stands before a real token to predict it.
+
+    Placeholders are not predicted either: what stands there is a picture (ernie-facts 5).
+    """
     real_BS = batch.mask.clone()
     real_BS[:, 0] = False
     real_BS[:, 1:] &= batch.mask[:, :-1]
+    if batch.visual is not None:
+        real_BS &= batch.visual.layout.modality_BS == 0
     return labels_BS.masked_fill(~real_BS, IGNORED)
 
 
 def _token_loss(
-    model: TextModel, hidden: Hidden, logits_BSV: Tensor | None, targets_BS: Tensor
+    model: Model, hidden: Hidden, logits_BSV: Tensor | None, targets_BS: Tensor
 ) -> Tensor:
     """Cross-entropy of each target from the position before it, in pieces."""
     n_sequences, n_tokens = targets_BS.shape

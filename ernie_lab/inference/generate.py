@@ -8,12 +8,12 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from ernie_lab.inference.forward import bound
+from ernie_lab.inference.prefill import bound, decode_step, prefill, prefill_step
 from ernie_lab.inference.sampling import Sampling, draw, forbid, penalise_repetition
 from ernie_lab.inputs.batch import Batch
 from ernie_lab.model.cache import KVCache
-from ernie_lab.model.text import TextModel
-from ernie_lab.sites import Step, Tap, idle
+from ernie_lab.model.kinds import Model
+from ernie_lab.sites import Tap, idle
 
 # (ids so far, one list per sequence that is still growing; its logits [b v]) -> logits
 LogitsProcessor = Callable[[list[list[int]], Tensor], Tensor]
@@ -46,7 +46,7 @@ class Settings:
 
 @torch.no_grad()
 def decode(
-    model: TextModel,
+    model: Model,
     batch: Batch,
     settings: Settings,
     *,
@@ -68,17 +68,20 @@ def decode(
     n = len(batch.input_ids)
     generators = [torch.Generator().manual_seed(seed) for seed in _seeds(settings, n)]
     ids = [batch.input_ids[i][batch.mask[i]].tolist() for i in range(n)]
-    cache = KVCache(model.config.n_layers)
+    cache = KVCache(model.config.decoder.n_layers)
     mask_BT, padded = batch.mask, not bool(batch.mask.all())
     next_BS, positions_BS = batch.input_ids, batch.positions
 
     for index in range(settings.max_new_tokens):
-        step = Step(
-            "decode" if index else "prefill", index, positions_BS, mask_BT[:, -next_BS.shape[1] :]
-        )
-        step_tap = bound(tap, step)
-        keys_BT = _keys(mask_BT, batch) if padded else None
-        hidden = model.trunk(next_BS, keys_BT, positions_BS, cache, tap=step_tap)
+        if index == 0:
+            step_tap = bound(tap, prefill_step(batch))
+            hidden = prefill(model, batch, step_tap, cache)
+        else:
+            banked = batch.visual is not None
+            step = decode_step(index, positions_BS, mask_BT[:, -1:], banked=banked)
+            step_tap = bound(tap, step)
+            keys_BT = _keys(mask_BT, batch) if padded else None
+            hidden = model.trunk(next_BS, keys_BT, positions_BS, cache, tap=step_tap)
         last_BSD = hidden.normed_BSD if prompt_logits else hidden.normed_BSD[:, -1:]
         logits_BV = model.unembed(last_BSD, step_tap)[:, -1].float()
         hidden.commit()
@@ -96,7 +99,8 @@ def decode(
         alive_B1 = torch.tensor([[i not in ended] for i in range(n)], device=mask_BT.device)
         mask_BT = torch.cat([mask_BT, alive_B1], dim=1)
         next_BS = torch.tensor([[row[-1]] for row in ids], device=next_BS.device)
-        positions_BS = positions_BS[:, -1:] + 1
+        after_B = hidden.next_position_B
+        positions_BS = positions_BS[:, -1:] + 1 if after_B is None else after_B[:, None]
 
 
 def _keys(mask_BT: Tensor, batch: Batch) -> Tensor:

@@ -15,6 +15,7 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
+from ernie_lab.inputs.visual_layout import BANKS
 from ernie_lab.sites import BindableTap, Idle, Site, Step, Tap, filtered, idle, select
 
 
@@ -103,12 +104,17 @@ class EditTap:
     counts: tuple[EditCount, ...]
     then: Tap = field(default_factory=Idle)
     step: Step | None = None
+    # The sites that say which bank each token takes, where an edit is in a bank; and what they
+    # said in this forward.
+    bank_paths: frozenset[str] = frozenset()
+    _banks: dict[str, Tensor] = field(default_factory=dict)
 
     @classmethod
     def of(cls, edits: Iterable[Edit], sites: Sequence[Site], then: Tap = idle) -> EditTap:
         if isinstance(edits, Edit):
             edits = (edits,)
         counts: list[EditCount] = []
+        bank_paths = set()
         by_path: dict[str, list[EditCount]] = {}
         for one in edits:
             if not isinstance(one, Edit):
@@ -120,11 +126,18 @@ class EditTap:
             counts.append(count)
             for site in one.select(sites):
                 by_path.setdefault(site.path, []).append(count)
-        return cls({path: tuple(c) for path, c in by_path.items()}, tuple(counts), then)
+                if site.bank_path is not None:
+                    bank_paths.add(site.bank_path)
+        return cls(
+            {path: tuple(c) for path, c in by_path.items()},
+            tuple(counts),
+            then,
+            bank_paths=frozenset(bank_paths),
+        )
 
     def bind(self, step: Step) -> Tap:
         then = self.then.bind(step) if isinstance(self.then, BindableTap) else self.then
-        return EditTap(self.by_path, self.counts, then, step)
+        return EditTap(self.by_path, self.counts, then, step, self.bank_paths)
 
     def wants(self, site: Site, /) -> bool:
         return site.path in self.by_path or self.then.wants(site)
@@ -139,18 +152,31 @@ class EditTap:
             elif torch.is_grad_enabled():
                 # Equal values may differ in their graph: a detached tensor, say.
                 x = edited
+        if site.path in self.bank_paths:
+            self._banks[site.path] = x
         # `then` records only what it wants of the on-demand sites that an edit computed.
         return self.then(site, x) if not site.on_demand or self.then.wants(site) else x
 
     def _changes_a_token(self, site: Site, after: Tensor, before: Tensor) -> bool:
         """Is any difference on a real token? One on padding alone moves nothing."""
         letters = site.dims.split()
-        if self.step is None or "s" not in letters:
-            return True
-        axis, mask_BS = letters.index("s"), self.step.mask
-        if after.shape[axis] != mask_BS.shape[1]:  # logits of the last position alone
+        if self.step is None:
             return True
         differs = ~((after == before) | ((after != after) & (before != before)))
+        mask_BS = self.step.mask
+        if site.bank is not None and site.bank_path is not None:
+            if site.bank_path not in self._banks:
+                return True
+            mine_N = self._banks[site.bank_path].flatten() == BANKS.index(site.bank)
+            real_N = mask_BS.flatten()[mine_N]
+            return bool((differs.flatten(1).any(-1) & real_N).any())
+        if site.row == "i":
+            return bool((differs & _present(self.step, differs)).any())
+        if "s" not in letters:
+            return True
+        axis = letters.index("s")
+        if after.shape[axis] != mask_BS.shape[1]:  # logits of the last position alone
+            return True
         per_token_BS = differs.movedim(axis, 1).reshape(*mask_BS.shape, -1).any(-1)
         return bool((per_token_BS & mask_BS).any())
 
@@ -167,6 +193,13 @@ class EditTap:
                     EditChangedNothingWarning,
                     stacklevel=3,
                 )
+
+
+def _present(step: Step, maps_IHPU: Tensor) -> Tensor:
+    """`[i 1 p u]`, True where a frame has both patches: maps are padded to the largest frame."""
+    lengths = torch.tensor([h * w for t, h, w in step.grids for _ in range(t)])
+    present_IP = (torch.arange(maps_IHPU.shape[-1]) < lengths[:, None]).to(maps_IHPU.device)
+    return present_IP[:, None, :, None] & present_IP[:, None, None, :]
 
 
 def checked(site: Site, before: Tensor, after: Any) -> Tensor:

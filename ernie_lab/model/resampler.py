@@ -11,8 +11,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn.functional import gelu
 
-from ernie_lab.checkpoint.config import VLConfig
-from ernie_lab.inputs.media import Grid
+from ernie_lab.checkpoint.config import ConfigError, VLConfig
+from ernie_lab.inputs.media import SPATIAL_MERGE, TEMPORAL_MERGE, Grid
 from ernie_lab.model.norm import NormSites, RMSNorm
 from ernie_lab.model.vision import LayerNorm
 from ernie_lab.sites import Site, Tap, idle
@@ -50,6 +50,12 @@ class Resampler(nn.Module):
     def __init__(self, config: VLConfig) -> None:
         super().__init__()
         vision, text = config.vision, config.text
+        merges = (vision.merge_size, vision.temporal_merge_size)
+        if merges != (SPATIAL_MERGE, TEMPORAL_MERGE):
+            raise ConfigError(
+                f"spatial and temporal merge sizes {merges} are not supported: only "
+                f"{(SPATIAL_MERGE, TEMPORAL_MERGE)} are, on which tokens and positions are counted"
+            )
         self.merge, self.temporal_merge = vision.merge_size, vision.temporal_merge_size
         width = vision.width * vision.merge_size**2
         self.spatial = MergeMLP(width, width, vision.norm_eps)

@@ -166,13 +166,15 @@ class VisionAttention(nn.Module):
         if not (tap.wants(at.scores) or tap.wants(at.pattern)):
             return attention_by_frame(q_PHA, k_PHA, v_PHA, frames)
         present_IP = frames.present(q_PHA.device)
+        query_I1P1, both_I1PU = rearrange(present_IP, "i p -> i 1 p 1"), _both(present_IP)
         q_IPHA, k_IUHA, v_IUHA = (_by_frame(x, present_IP) for x in (q_PHA, k_PHA, v_PHA))
         scores_IHPU = einsum(q_IPHA, k_IUHA, "i p h a, i u h a -> i h p u").float()
         scores_IHPU = scores_IHPU / math.sqrt(self.head_dim)
-        scores_IHPU = scores_IHPU.masked_fill(~_both(present_IP), -math.inf)
+        scores_IHPU = scores_IHPU.masked_fill(~both_I1PU, -math.inf)
         shown_IHPU = tap(at.scores, scores_IHPU) if tap.wants(at.scores) else scores_IHPU
-        # Rows of padding have no key: their softmax is NaN, and 0 is what they weigh.
-        pattern_IHPU = shown_IHPU.softmax(-1).masked_fill(~_both(present_IP), 0.0).to(v_PHA.dtype)
+        # A row of padding has no key: its softmax would be NaN, and so would be its gradient.
+        pattern_IHPU = shown_IHPU.masked_fill(~query_I1P1, 0.0).softmax(-1)
+        pattern_IHPU = pattern_IHPU.masked_fill(~both_I1PU, 0.0).to(v_PHA.dtype)
         used_IHPU = tap(at.pattern, pattern_IHPU) if tap.wants(at.pattern) else pattern_IHPU
         unchanged = shown_IHPU is scores_IHPU and used_IHPU is pattern_IHPU
         if unchanged and not used_IHPU.requires_grad:

@@ -6,10 +6,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+from einops import rearrange, repeat
 from torch import Tensor, nn
 from torch.nn.functional import embedding, linear
 
-from ernie_lab.checkpoint.config import VLConfig
+from ernie_lab.checkpoint.config import VisualIds, VLConfig
 from ernie_lab.inputs.media import Grid
 from ernie_lab.inputs.visual_layout import PositionRule, VisualLayout, visual_layout
 from ernie_lab.model.banks import BankedMoE, BankRows
@@ -116,8 +117,8 @@ class VLModel(nn.Module):
             input_ids: `[b s]`; or `inputs_embeds` `[b s d]` with pictures already in place, and
                 then `bank` too, since embeddings do not tell.
             attention_mask: `[b t]` with t = past + s, 1 on real tokens; padding on either side.
-            position_ids: `[b s]`, or `[b s 3]` as (time, height, width). Made from ids and grids
-                when absent, and continued from the cache.
+            position_ids: `[b s]`, or (time, height, width) as `[b s 3]` or transformers'
+                `[3 b s]`. Made from ids and grids when absent, and continued from the cache.
             pixel_values: `[p, channels * patch^2]`, patches of all images; their grids in
                 `image_grid_thw` `[n 3]` (frames, rows, columns of patches). Clips likewise.
             labels: `[b s]`; -100 is not counted. Shifted here, so pass the input ids.
@@ -207,10 +208,10 @@ class VLModel(nn.Module):
         cache = cache_for(past_key_values, use_cache, self.config.text.n_layers)
         n_past, n_new = 0 if cache is None else cache.length, tokens_BSD.shape[1]
         mask_BS = new_mask(attention_mask, n_new)
-        if bank is None:
-            bank = tokens_BSD.new_zeros(tokens_BSD.shape[:2], dtype=torch.int64)
-            bank = bank if layout is None else layout.bank_BS
-        positions_BSR = _three(_positions(position_ids, layout, cache, mask_BS, tokens_BSD))
+        bank_BS = _bank(bank, layout, tokens_BSD)
+        if layout is None and bank is None and n_new > 1:
+            _require_no_placeholders(input_ids, self.config.ids)
+        positions_BSR = _three(_positions(position_ids, layout, cache, mask_BS, tokens_BSD), n_new)
         visible_BST = visible(attention_mask, n_past, n_new)
 
         tokens_BSD = tap(self.sites.embed, tokens_BSD)
@@ -222,7 +223,7 @@ class VLModel(nn.Module):
         text = self.config.text
         rope = rotation_3d(text.rope, text.attention.head_dim, positions_BSR)
         resid_BSD, routings = run_blocks(
-            block_list(self.blocks), resid_BSD, rope, visible_BST, BankRows.of(bank), cache, tap
+            block_list(self.blocks), resid_BSD, rope, visible_BST, BankRows.of(bank_BS), cache, tap
         )
         normed_BSD = self.final_norm(resid_BSD, self.sites.final_norm, tap)
         after_B = positions_BSR.amax((1, 2)) + 1
@@ -293,9 +294,55 @@ def _positions(
     return counted_BS.clamp(min=0)
 
 
-def _three(positions: Tensor) -> Tensor:
-    """`[b s]`, the same on all axes, as `[b s 3]`."""
-    return positions if positions.ndim == 3 else positions[..., None].expand(-1, -1, 3)
+def _three(positions: Tensor, n_new: int) -> Tensor:
+    """`[b s 3]`: as given, or of `[b s]`, the same on all axes, or of transformers' `[3 b s]`."""
+    shape = tuple(positions.shape)
+    ours = len(shape) == 3 and shape[1:] == (n_new, 3)
+    theirs = len(shape) == 3 and (shape[0], shape[2]) == (3, n_new)
+    if ours and theirs:
+        raise ValueError(
+            "position_ids of shape (3, 3, 3) may be [b s 3] or [3 b s]; run the sequences apart"
+        )
+    if ours:
+        return positions
+    if theirs:
+        return rearrange(positions, "r b s -> b s r")
+    if len(shape) == 2 and shape[1] == n_new:
+        return repeat(positions, "b s -> b s r", r=3)
+    raise ValueError(
+        f"position_ids have shape {shape}, expected [b s], [b s 3] or [3 b s] with s={n_new}"
+    )
+
+
+def _bank(given_BS: Tensor | None, layout: VisualLayout | None, tokens_BSD: Tensor) -> Tensor:
+    """`[b s]` as given, else as the layout says, else all text."""
+    if given_BS is None:
+        text_BS = tokens_BSD.new_zeros(tokens_BSD.shape[:2], dtype=torch.int64)
+        return text_BS if layout is None else layout.bank_BS
+    if given_BS.shape != tokens_BSD.shape[:2]:
+        raise ValueError(
+            f"bank has shape {tuple(given_BS.shape)}, expected {tuple(tokens_BSD.shape[:2])}: one "
+            "value for each token"
+        )
+    # A token of another number would go to no bank at all.
+    if bool(((given_BS != 0) & (given_BS != 1)).any()):
+        found = sorted(set(given_BS.flatten().tolist()))
+        raise ValueError(
+            f"bank holds {found[:5]}, expected 0 (text) and 1 (vision, images and clips alike)"
+        )
+    return given_BS.long()
+
+
+def _require_no_placeholders(input_ids: Tensor | None, ids: VisualIds) -> None:
+    """One such token may be the model's own choice; a chunk of a prompt has lost its pictures."""
+    if input_ids is None:
+        return
+    found = int(((input_ids == ids.image) | (input_ids == ids.video)).sum())
+    if found:
+        raise ValueError(
+            f"{found} placeholders of pictures came with a filled cache, where they would be read "
+            "as text; pass them with their pictures in the first call, or pass bank= [b s]"
+        )
 
 
 def _pictures(

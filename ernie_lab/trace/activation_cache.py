@@ -17,7 +17,9 @@ class ActivationCache(Mapping[str, Tensor]):
     """`cache["blocks.3.attn.hook_pattern"]`, `cache["pattern", 3]`, `cache["scale", 1, "ln1"]`.
 
     Values are `[batch, position, …]` as the model has them, padding rows included: take care in
-    a batch of unequal prompts, or use a `Trace`, which has none. Iterating gives our own paths.
+    a batch of unequal prompts, or use a `Trace`, which has none. In a vision-language model, what
+    belongs to one bank of experts has one row for each of its tokens, and the vision tower one
+    for each patch. Iterating gives our own paths.
     With `incl_bwd`, `cache["resid_post_grad", 3]` is the gradient of the loss, the mean over the
     tokens that have a next one.
     """
@@ -57,11 +59,17 @@ class ActivationCache(Mapping[str, Tensor]):
         return f"ActivationCache({len(self)} values: {', '.join(list(self)[:4])}, …)"
 
     def remove_batch_dim(self) -> ActivationCache:
-        """The same without the batch axis, which must have length 1."""
-        sizes = {len(value) for value in self._values.values()}
-        if sizes != {1}:
+        """The same without the batch axis, which must have length 1.
+
+        Values without one stay: those of a bank of experts, patches and image tokens.
+        """
+        packed = {site.path for site in self._sites if site.row != "b"}
+        batched = {k: v for k, v in self._values.items() if k.removesuffix(_GRAD) not in packed}
+        sizes = {len(value) for value in batched.values()}
+        if sizes - {1} or not self._values:
             raise ValueError(f"the batch has {sorted(sizes)} sequences, expected 1")
-        return ActivationCache({k: v[0] for k, v in self._values.items()}, self._sites)
+        values = {k: v[0] if k in batched else v for k, v in self._values.items()}
+        return ActivationCache(values, self._sites)
 
     def to(self, device: torch.device | str) -> ActivationCache:
         return ActivationCache({k: v.to(device) for k, v in self._values.items()}, self._sites)

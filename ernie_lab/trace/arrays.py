@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ernie_lab.dims import AXIS_NAMES
+from ernie_lab.trace.pictures import CELL, Picture, cells_of
 from ernie_lab.trace.recorded import Part, Recorded
 from ernie_lab.trace.tokens import Tokens
 
@@ -67,12 +68,37 @@ def labelled(
     )
 
 
-def rows_array(recorded: Recorded, context: Tokens) -> xr.DataArray:
-    """A site with one row per token: (token, …)."""
-    part = recorded.parts[None]
+def rows_array(recorded: Recorded, context: Tokens, media: Sequence[Picture] = ()) -> xr.DataArray:
+    """A site with one row per token, patch or block of patches: (token, …), (patch, …)."""
+    part, site = recorded.parts[None], recorded.site
     dims = _dims(recorded)
-    coords = token_coords(context.take(part.rows_N.tolist())) | _heads(recorded)
-    return labelled(part.values, dims, coords, recorded.site.path, recorded.site.meaning)
+    if site.of_patches:
+        coords = cell_coords(part.rows_N, site.row, media, dims[0])
+    else:
+        tokens = context.take(part.rows_N.tolist())
+        coords = token_coords(tokens, dims[0])
+        if site.row == "m":
+            cells = {name: np.array(getattr(tokens, name), dtype=int) for name in CELL}
+            coords |= {name: (dims[0], column) for name, column in cells.items()}
+    coords |= _heads(recorded)
+    return labelled(part.values, dims, coords, site.path, site.meaning)
+
+
+def cell_coords(rows_N: Tensor, row: str, media: Sequence[Picture], axis: str) -> dict[str, Any]:
+    """Coordinates along an axis of patches or blocks: its number, image, frame, row and col."""
+    cells = {name: (axis, column[rows_N.numpy()]) for name, column in cells_of(row, media).items()}
+    return {axis: rows_N.numpy()} | cells
+
+
+def part_array(
+    recorded: Recorded, key: int | None, context: Tokens, media: Sequence[Picture]
+) -> xr.DataArray:
+    """One part: rows, the map of one sequence, or that of one frame."""
+    if key is None:
+        return rows_array(recorded, context, media)
+    if recorded.site.ragged:
+        return map_array(recorded, key, context)
+    return frame_array(recorded, key, media)
 
 
 def layers_array(stack: Sequence[Recorded], context: Tokens, name: str) -> xr.DataArray:
@@ -98,11 +124,31 @@ def map_array(recorded: Recorded, sequence: int, context: Tokens) -> xr.DataArra
     return labelled(part.values, dims, coords, recorded.site.path, recorded.site.meaning)
 
 
+def frame_array(recorded: Recorded, number: int, media: Sequence[Picture]) -> xr.DataArray:
+    """Attention within one frame: (head, query, key), each patch with its row and column."""
+    part = recorded.parts[number]
+    cells = {name: column[part.rows_N.numpy()] for name, column in cells_of("p", media).items()}
+    coords = _heads(recorded) | {
+        f"{axis}_{name}": (axis, cells[name])
+        for axis in ("query", "key")
+        for name in ("row", "col")
+    }
+    coords |= {name: int(cells[name][0]) for name in ("image", "frame")}
+    site = recorded.site
+    return labelled(part.values, ("head", "query", "key"), coords, site.path, site.meaning)
+
+
 def stacked(stack: Sequence[Recorded]) -> tuple[Tensor, Tensor]:
     """Row indices and values `[l n …]` of sites that were kept at the same tokens."""
     first = stack[0]
     for other in stack[1:]:
         if not _alike(first, other):
+            if first.site.bank is not None and first.heads == other.heads:
+                raise ValueError(
+                    f"{first.site.path} and {other.site.path} have other tokens: an edit of "
+                    "moe.bank moved some, or they were kept with different filters. Take one "
+                    "layer, t[path] or t.sel(layer=...)"
+                )
             raise ValueError(
                 f"{first.site.path} and {other.site.path} were kept with different filters or "
                 "sizes and cannot be stacked; take them one at a time, t[path]"
@@ -121,7 +167,10 @@ def _alike(a: Recorded, b: Recorded) -> bool:
 
 
 def _dims(recorded: Recorded) -> list[str]:
-    return ["token", *(AXIS_NAMES[letter] for letter in recorded.site.dims.split()[2:])]
+    letters = recorded.site.dims.split()
+    first = "token" if recorded.site.row == "b" else AXIS_NAMES[recorded.site.row]
+    inner = letters[2:] if recorded.site.row == "b" else letters[1:]
+    return [first, *(AXIS_NAMES[letter] for letter in inner)]
 
 
 def _heads(recorded: Recorded) -> dict[str, Any]:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 
-from ernie_lab.checkpoint.config import TextConfig
+from ernie_lab.checkpoint.config import ModelConfig, VLConfig
 from ernie_lab.checkpoint.memory import free_bytes
 from ernie_lab.display import in_words
+from ernie_lab.inputs.media import SPATIAL_MERGE, Grid
 from ernie_lab.sites import Site
 from ernie_lab.trace.keep import Keep, KeptSite
 
@@ -20,37 +22,88 @@ class TraceTooLarge(MemoryError):
     """A recording that would not fit its budget; nothing has been run."""
 
 
-def extents(site: Site, config: TextConfig) -> dict[str, int]:
-    """How long each axis of a site is, by its letter; `b`, `s` and `t` belong to the input."""
+def extents(site: Site, config: ModelConfig) -> dict[str, int]:
+    """How long each axis of a site is, by its letter; those of rows belong to the input."""
+    text = config.decoder
     of_model = {
-        "d": config.width,
-        "v": config.vocab_size,
-        "h": config.attention.n_heads,
-        "g": config.attention.n_kv_heads,
-        "a": config.attention.head_dim,
-        "f": config.dense_hidden,
+        "d": text.width,
+        "v": text.vocab_size,
+        "h": text.attention.n_heads,
+        "g": text.attention.n_kv_heads,
+        "a": text.attention.head_dim,
+        "f": text.dense_hidden,
     }
-    if config.moe is None:
+    if isinstance(config, VLConfig) and site.of_pictures:
+        vision = config.vision
+        return of_model | {
+            "w": vision.width,
+            "h": vision.n_heads,
+            "a": vision.width // vision.n_heads,
+            "f": vision.hidden,
+            "x": vision.width * vision.merge_size**2,
+        }
+    if text.moe is None:
         return of_model
-    shared = ".moe.shared." in site.path
     return of_model | {
-        "e": config.moe.router.n_experts,
-        "k": config.moe.router.n_chosen,
-        "f": config.moe.shared_hidden
-        if shared
-        else config.moe.expert_hidden
-        if ".moe." in site.path
-        else config.dense_hidden,
+        "e": text.moe.router.n_experts,
+        "k": text.moe.router.n_chosen,
+        "f": _hidden(site, config),
     }
+
+
+def _hidden(site: Site, config: ModelConfig) -> int:
+    """The width of the MLP or of the experts at this site."""
+    text = config.decoder
+    assert text.moe is not None
+    if ".moe.shared." in site.path:
+        return text.moe.shared_hidden
+    if isinstance(config, VLConfig) and site.bank == "vision":
+        return config.vision_expert_hidden
+    return text.moe.expert_hidden if ".moe." in site.path else text.dense_hidden
+
+
+@dataclass(frozen=True, slots=True)
+class _Input:
+    """How many rows there will be, by kind."""
+
+    lengths: tuple[int, ...]
+    grids: tuple[Grid, ...]
+    n_vision: tuple[int, ...] | None
+
+    def n_rows(self, rule: KeptSite) -> int:
+        """Rows of a site, or for maps pairs of query and key; at most."""
+        queries = _queries(rule, self.lengths)
+        match rule.site.row:
+            case "p":
+                return sum(grid.n_patches for grid in self.grids)
+            case "o":
+                return sum(grid.n_patches for grid in self.grids) // SPATIAL_MERGE**2
+            case "i":
+                return sum(grid.t * (grid.h * grid.w) ** 2 for grid in self.grids)
+            case "m":
+                return min(sum(queries), sum(grid.n_tokens for grid in self.grids))
+            case "n" if self.n_vision is not None:
+                mine = (
+                    self.n_vision
+                    if rule.site.bank == "vision"
+                    else [all_ - n for all_, n in zip(self.lengths, self.n_vision, strict=True)]
+                )
+                return sum(min(q, n) for q, n in zip(queries, mine, strict=True))
+        if rule.site.ragged:
+            return sum(q * t for q, t in zip(queries, self.lengths, strict=True))
+        return sum(queries)
 
 
 def estimate_bytes(
     keep: Keep,
-    config: TextConfig,
+    config: ModelConfig,
     lengths: Sequence[int],
     max_new_tokens: int = 0,
     dtype: torch.dtype = torch.float32,
     grad: bool = False,
+    *,
+    grids: Sequence[tuple[int, int, int]] = (),
+    n_vision: Sequence[int] | None = None,
 ) -> dict[str, int]:
     """Bytes per site, an upper bound; `lengths` are the real tokens of each prompt.
 
@@ -58,29 +111,33 @@ def estimate_bytes(
     model's activations. With `grad`, the recorder also holds the sites' own tensors, which are
     whole whatever the filters, on the model's device; padding is not counted.
 
+    `grids` are the pictures, and `n_vision` the tokens of each prompt that go to the vision bank:
+    placeholders and delimiters. Without `n_vision` (an edit may move tokens from bank to bank)
+    each bank is taken to get every token.
+
     Positions that no sequence can reach are refused here, before anything has run.
     """
-    grown = [length + max(max_new_tokens - 1, 0) for length in lengths]
+    grown = tuple(length + max(max_new_tokens - 1, 0) for length in lengths)
+    given = _Input(
+        grown,
+        tuple(Grid(*grid) for grid in grids),
+        None if n_vision is None else tuple(n_vision),
+    )
     sizes = {}
     for rule in keep.kept:
         refuse_unknown_end(rule, grows=max_new_tokens > 1)
         _refuse_unreachable(rule, grown, max_new_tokens)
-        sizes[rule.site.path] = _site_bytes(rule, config, grown, dtype)
+        sizes[rule.site.path] = _site_bytes(rule, config, given, dtype)
         if grad:
-            sizes[rule.site.path] += _site_bytes(KeptSite(rule.site), config, grown, dtype)
+            sizes[rule.site.path] += _site_bytes(KeptSite(rule.site), config, given, dtype)
     return sizes
 
 
-def _site_bytes(
-    rule: KeptSite, config: TextConfig, lengths: Sequence[int], dtype: torch.dtype
-) -> int:
-    queries = _queries(rule, lengths)
+def _site_bytes(rule: KeptSite, config: ModelConfig, given: _Input, dtype: torch.dtype) -> int:
     sizes = extents(rule.site, config) | ({"h": len(rule.heads)} if rule.heads else {})
-    inner = [letter for letter in rule.site.dims.split() if letter not in "bst"]
+    inner = [letter for letter in rule.site.dims.split() if letter not in "bstnpuiom"]
     row_bytes = math.prod(sizes[letter] for letter in inner) * _itemsize(rule, dtype)
-    if rule.site.ragged:
-        return row_bytes * sum(q * t for q, t in zip(queries, lengths, strict=True))
-    return row_bytes * sum(queries)
+    return row_bytes * given.n_rows(rule)
 
 
 def _queries(rule: KeptSite, lengths: Sequence[int]) -> list[int]:

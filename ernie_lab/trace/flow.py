@@ -8,20 +8,22 @@ import torch
 from torch import Tensor
 
 from ernie_lab.trace.keep import KeptSite
-from ernie_lab.trace.recorded import Recorded, join, take
-from ernie_lab.trace.rows import StepRows
+from ernie_lab.trace.pieces import Piece, cut
+from ernie_lab.trace.recorded import Recorded, join
+from ernie_lab.trace.rows import Rows, StepRows
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Flow:
-    """The very tensors of one site, one per forward, padding included.
+    """The very tensors of one site, one per forward in which it fired, padding included.
 
-    What a trace shows are copies of their rows, and a copy is not upstream of the loss: only
+    What a trace shows are copies of their `rows`, and a copy is not upstream of the loss: only
     these are.
     """
 
     rule: KeptSite
     steps: tuple[StepRows, ...]
+    rows: tuple[Rows | None, ...]
     starts: tuple[int, ...]
     lengths: tuple[int, ...]
     tensors: tuple[Tensor, ...]
@@ -42,5 +44,8 @@ class Flow:
             torch.zeros_like(x) if grad is None else grad
             for x, grad in zip(self.tensors, grads, strict=True)
         ]
-        pieces = [take(self.rule, step, grad) for step, grad in zip(self.steps, whole, strict=True)]
-        return join(self.rule, pieces, self.steps, self.starts, self.lengths, fill=0.0)
+        pieces = [
+            Piece(rows, cut(self.rule, step, rows, grad))
+            for step, rows, grad in zip(self.steps, self.rows, whole, strict=True)
+        ]
+        return join(self.rule, pieces, self.starts, self.lengths, fill=0.0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from html import escape
 from typing import TYPE_CHECKING
 
@@ -12,6 +13,7 @@ if TYPE_CHECKING:
 
 _MOST_SITES = 12
 _MOST_TOKENS = 60
+_MOST_PICTURES = 4
 
 
 def as_text(trace: Trace) -> str:
@@ -21,8 +23,7 @@ def as_text(trace: Trace) -> str:
         *(f"  {name:<24} {layers}  {size}" for name, layers, size in _site_rows(trace)),
         f"  kept: {trace.keep}; t.tokens, t[site], t.to_frame(), t.sel(...), t.save(folder)",
     ]
-    if note := _note(trace):
-        lines.insert(2, f"  {note}")
+    lines[2:2] = [f"  {note}" for note in _notes(trace)]
     return "\n".join(lines)
 
 
@@ -32,11 +33,11 @@ def as_html(trace: Trace) -> str:
         f"<td style='text-align:left'>{escape(layers)}</td><td>{escape(size)}</td></tr>"
         for name, layers, size in _site_rows(trace)
     )
-    note = f"<div><small>{escape(_note(trace))}</small></div>" if _note(trace) else ""
+    notes = "".join(f"<div><small>{escape(note)}</small></div>" for note in _notes(trace))
     created = f"; {escape(trace.provenance.created)}" if trace.provenance.created else ""
     return (
         f"<div><b>Trace</b> of {escape(trace.provenance.line())}<br>{escape(_counts(trace))}"
-        f"{note}<div style='line-height:1.9;max-width:60em'>{_token_spans(trace)}</div>"
+        f"{notes}<div style='line-height:1.9;max-width:60em'>{_token_spans(trace)}</div>"
         "<table><thead><tr><th style='text-align:left'>site</th>"
         "<th style='text-align:left'>layers</th><th>size</th></tr></thead>"
         f"<tbody>{rows}</tbody></table>"
@@ -55,10 +56,26 @@ def _counts(trace: Trace) -> str:
     )
 
 
-def _note(trace: Trace) -> str:
-    if "decode" not in trace.context.phase:
-        return ""
-    return "the last sampled token was never read by the model: it has no routing and no row"
+def _notes(trace: Trace) -> list[str]:
+    notes = []
+    if trace.media:
+        grids = [
+            f"{number}: {picture.kind} of "
+            + (f"{picture.grid.t} x " if picture.kind == "video" else "")
+            + f"{picture.grid.h} x {picture.grid.w} patches"
+            for number, picture in enumerate(trace.media[:_MOST_PICTURES])
+        ]
+        more = [f"{len(trace.media) - _MOST_PICTURES} more"] * (len(trace.media) > _MOST_PICTURES)
+        notes.append(f"{_many(len(trace.media), 'picture')}: {', '.join(grids + more)}")
+    if len(trace.banks) > 1:
+        taken = [trace.context.bank[i] for i in trace.rows_N.tolist()]
+        counts = ", ".join(f"{bank} {taken.count(bank)}" for bank in trace.banks)
+        notes.append(f"tokens by bank of experts: {counts}; t.routing(bank)")
+    if "decode" in trace.context.phase:
+        notes.append(
+            "the last sampled token was never read by the model: it has no routing and no row"
+        )
+    return notes
 
 
 def _site_rows(trace: Trace) -> list[tuple[str, str, str]]:
@@ -66,7 +83,7 @@ def _site_rows(trace: Trace) -> list[tuple[str, str, str]]:
     layers: dict[str, list[int]] = {}
     sizes: dict[str, int] = {}
     for kept in trace.values.values():
-        name = kept.site.quantity
+        name = re.sub(r"^vision\.blocks\.\d+\.", "vision.blocks.*.", kept.site.quantity)
         sizes[name] = sizes.get(name, 0) + kept.n_bytes
         layers.setdefault(name, []).extend([] if kept.site.layer is None else [kept.site.layer])
     rows = [
@@ -81,16 +98,29 @@ def _site_rows(trace: Trace) -> list[tuple[str, str, str]]:
 
 
 def _token_spans(trace: Trace) -> str:
-    rows = trace.rows_N.tolist()
+    """A span for each token, and one for all tokens of a picture."""
+    images = trace.context.image
+    rows, shown = [], set()
+    for i in trace.rows_N.tolist():
+        if images[i] is None or images[i] not in shown:
+            rows.append(i)
+            shown.add(images[i])
     spans = [
         f"<bdi title='sequence {trace.context.sequence[i]}, pos {trace.context.pos[i]}, "
         f"id {trace.context.id[i]}, {escape(trace.context.phase[i])}' style='border:1px solid "
         f"{'#8888' if trace.context.phase[i] == 'prefill' else '#c60'};border-radius:3px;"
-        f"padding:0 2px'>{escape(visible(trace.context.text[i]))}</bdi>"
+        f"padding:0 2px'>{escape(_shown(trace, i))}</bdi>"
         for i in rows[:_MOST_TOKENS]
     ]
     more = f" … {len(rows) - _MOST_TOKENS} more" if len(rows) > _MOST_TOKENS else ""
     return " ".join(spans) + more
+
+
+def _shown(trace: Trace, row: int) -> str:
+    image = trace.context.image[row]
+    if image is None:
+        return visible(trace.context.text[row])
+    return f"{trace.context.content[row]} {image}: {trace.context.image.count(image)} tokens"
 
 
 def _many(n: int, what: str) -> str:

@@ -83,10 +83,12 @@ def keep(
     Args:
         what: a group (`routing`, `attention`, `residual`, `all`: every site that is not on
             demand), a path, a glob, a Site, or a name without its layer, as for `trace[name]`.
-        layers: true layer numbers, negative from the end. Sites outside the blocks stay.
-        heads: query heads, counted from 0, for sites that have them; key/value heads
-            (`k`, `v`) stay whole.
-        positions: a slice or indices, counted in each sequence without its padding. Those
+        layers: true layer numbers, negative from the end. Sites outside the decoder's blocks
+            stay; those of the vision tower are narrowed by their path, `vision.blocks.3.*`.
+        heads: query heads, counted from 0, for sites that have them, in the decoder and in the
+            vision tower; key/value heads (`k`, `v`) of the decoder stay whole.
+        positions: a slice or indices, counted in each sequence without its padding; a bank of
+            experts and `resampler.out` give the rows of these tokens, patches stay whole. Those
             that a sequence has not, or does not reach in generation, give no row; those that
             none can reach are refused before the run. So are negative ones in generation,
             where the end is not known.
@@ -161,6 +163,7 @@ class Keep:
         for request in requests:
             found = _resolved(request.within(outer), sites, edited)
             _require_heads(request.heads, found)
+            _require_positions(request.positions, found)
             for rule in found:
                 if rules.setdefault(rule.site.path, rule) != rule:
                     raise ValueError(
@@ -169,6 +172,7 @@ class Keep:
                     )
         kept = tuple(rules[site.path] for site in sites if site.path in rules)
         _require_heads(outer.heads, kept)
+        _require_positions(outer.positions, kept)
         return cls(kept, "; ".join(dict.fromkeys(str(r.within(outer)) for r in requests)))
 
     @property
@@ -211,12 +215,18 @@ def _require_heads(heads: Heads, rules: Sequence[KeptSite]) -> None:
         raise SiteError(f"heads={list(heads)} narrows nothing: {names} have no query heads")
 
 
+def _require_positions(positions: Positions | None, rules: Sequence[KeptSite]) -> None:
+    if positions is not None and all(rule.positions is None for rule in rules):
+        names = ", ".join(dict.fromkeys(rule.site.quantity for rule in rules))
+        raise SiteError(f"positions={positions} narrows nothing: {names} have patches, not tokens")
+
+
 def _rule(site: Site, request: KeepRequest) -> KeptSite:
     letters = site.dims.split()
     return KeptSite(
         site,
         heads=request.heads if "h" in letters else None,
-        positions=request.positions,
+        positions=None if site.of_patches else request.positions,
         dtype=None if "e" in letters else request.dtype,
         device=request.device or "cpu",
     )

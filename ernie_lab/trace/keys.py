@@ -15,13 +15,15 @@ Key: TypeAlias = "str | Site | tuple[str, int] | tuple[str, int, str]"
 _PARTS = {
     "a": ("attn",),
     "attn": ("attn",),
-    "m": ("mlp", "moe", "moe.shared"),
-    "mlp": ("mlp", "moe", "moe.shared"),
+    "m": ("mlp", "moe", "moe.shared", "moe.text", "moe.vision"),
+    "mlp": ("mlp", "moe", "moe.shared", "moe.text", "moe.vision"),
     "ln1": ("norm1",),
     "norm1": ("norm1",),
     "ln2": ("norm2",),
     "norm2": ("norm2",),
-    "moe": ("moe",),
+    "moe": ("moe", "moe.text", "moe.vision"),
+    "text": ("moe.text",),
+    "vision": ("moe.vision",),
 }
 # The one name for two quantities: what the MLP, dense or a mixture, writes to the stream.
 _ALIAS = "mlp_out"

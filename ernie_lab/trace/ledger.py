@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -45,13 +45,21 @@ class RoutingLedger:
     `without_bias` and `to_frame` come from these. Deriving is refused past a site that was
     `edited` and not kept, since the edit may have changed what flowed and not who was chosen,
     and where the recorded choice does not follow although no edit is known.
+
+    With `bank`, the tokens are those that this bank really read. An edit of `moe.bank` can give
+    it other tokens in each layer: then take a layer at a time, `t.sel(layer=3)`.
     """
 
     values: Mapping[str, Recorded]
     context: Tokens
     routers: routing.Routers
-    prefix: str = "moe"
+    bank: str | None = None
     edited: frozenset[str] = frozenset()
+
+    @property
+    def prefix(self) -> str:
+        """Where the sites are: `moe`, or `moe.text` and `moe.vision` where there are two banks."""
+        return "moe" if self.bank is None else f"moe.{self.bank}"
 
     @property
     def router_logits(self) -> xr.DataArray:
@@ -103,7 +111,28 @@ class RoutingLedger:
         return labelled(bias_LE, ("layer", "expert"), {"layer": layers}, "correction_bias")
 
     def to_frame(self) -> pd.DataFrame:
-        """Tidy: one row per token x layer x slot, with the columns of its token."""
+        """Tidy: one row per token x layer x slot, with the columns of its token.
+
+        In one of two banks, `bank` is the one that really read the token, `expected_bank` the one
+        that its kind goes to, and layers may differ in their tokens.
+        """
+        import pandas as pd
+
+        if self.bank is None:
+            return self._frame()
+        layers = {kept.site.layer for kept in self._sites("expert_ids")} or {None}
+        frames = [self._of_layer(layer)._frame() for layer in sorted(layers, key=_number)]
+        joined = pd.concat(frames, ignore_index=True)
+        joined = joined.rename(columns={"bank": "expected_bank"})
+        banks = pd.Series(self.bank, index=joined.index, dtype=joined["expected_bank"].dtype)
+        joined.insert(list(joined.columns).index("layer"), "bank", banks)
+        return joined
+
+    def _of_layer(self, layer: int | None) -> RoutingLedger:
+        mine = {path: kept for path, kept in self.values.items() if kept.site.layer == layer}
+        return replace(self, values=mine)
+
+    def _frame(self) -> pd.DataFrame:
         import numpy as np
         import pandas as pd
 
@@ -197,7 +226,7 @@ class RoutingLedger:
             if not any(self._is_edited(name, layer) for name in between)
         ]
         layers = [ids.layers[i] for i in plain]
-        routing.require_choice(scores.values[plain], ids.values[plain], layers)
+        routing.require_choice(scores.values[plain], ids.values[plain], layers, self.prefix)
 
     def _together(self, *stacks: Stack) -> tuple[Stack, ...]:
         if not all(stack.same_tokens(stacks[0]) for stack in stacks):
@@ -230,6 +259,10 @@ class RoutingLedger:
     def _array(self, name: str, stack: Stack, *last: str) -> xr.DataArray:
         coords = {"layer": list(stack.layers)} | token_coords(self.context.take(stack.rows))
         return labelled(stack.values, ("layer", "token", *last), coords, name)
+
+
+def _number(layer: int | None) -> int:
+    return -1 if layer is None else layer
 
 
 def _column(values: Tensor) -> object:

@@ -14,7 +14,8 @@ _SAME_SCORE = 1e-6
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Routers:
-    """What the recorded values do not say: sizes, and the correction bias `[e]` by layer."""
+    """What the recorded values of one bank do not say: sizes, and the correction bias `[e]` by
+    layer."""
 
     n_experts: int
     n_chosen: int
@@ -60,7 +61,9 @@ def without_bias(probs_LNE: Tensor, ids_LNK: Tensor) -> Tensor:
     return (ids_LNK.unsqueeze(-1) == unbiased_LNK.unsqueeze(-2)).any(-1)
 
 
-def require_choice(scores_LNE: Tensor, ids_LNK: Tensor, layers: Sequence[int]) -> None:
+def require_choice(
+    scores_LNE: Tensor, ids_LNK: Tensor, layers: Sequence[int], prefix: str = "moe"
+) -> None:
     """Raise where the recorded experts are not the k best of these derived scores.
 
     Then something between the logits and the choice was edited, and what is derived from the
@@ -79,5 +82,5 @@ def require_choice(scores_LNE: Tensor, ids_LNK: Tensor, layers: Sequence[int]) -
         raise ValueError(
             f"the recorded experts do not follow from logits and correction bias (tokens per "
             f"layer: {per_layer}): an edit changed something in between. Record what flowed: "
-            "keep=['routing', 'moe.router_probs', 'moe.selection_scores']"
+            f"keep=['routing', '{prefix}.router_probs', '{prefix}.selection_scores']"
         )

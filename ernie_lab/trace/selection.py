@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
-from ernie_lab.sites import Phase, Site
+from ernie_lab.sites import Site
 from ernie_lab.trace.integers import integers
+from ernie_lab.trace.pictures import Picture, cells_of
 from ernie_lab.trace.positions import PositionsLike, as_positions
 from ernie_lab.trace.recorded import Recorded
 from ernie_lab.trace.tokens import Tokens
@@ -19,11 +20,12 @@ def narrow(
     rows_N: Tensor,
     sequence: int | Iterable[int] | None,
     position: PositionsLike | None,
-    phase: Phase | None,
+    labels: Mapping[str, str | Iterable[str] | None],
 ) -> tuple[Tokens, Tensor, Tensor]:
     """The new context, the surviving rows in it, and the map old row -> new row or -1.
 
     The context loses whole sequences only, because attention reads keys outside a slice.
+    `labels` are wanted values of columns of the tokens table, None for any.
     """
     present = list(dict.fromkeys(context.sequence))
     sequences = present if sequence is None else integers(sequence, "sequence")
@@ -32,16 +34,21 @@ def narrow(
     kept_context = [i for i, stays in enumerate(survives) if stays]
     if position is not None:
         _and(survives, _at(context, position, sequences))
-    if phase is not None:
-        _require_there("phase", [phase], sorted(set(context.phase)))
-        _and(survives, [name == phase for name in context.phase])
+    for name, wanted in labels.items():
+        if wanted is not None:
+            column = getattr(context, name)
+            several = [wanted] if isinstance(wanted, str) else list(wanted)
+            _require_there(name, several, sorted(set(column)))
+            _and(survives, [label in several for label in column])
 
     here = torch.zeros(len(context), dtype=torch.bool)
     here[rows_N] = True
     here &= torch.tensor(survives, dtype=torch.bool)
     if not here.any():
+        asked = {"sequence": sequence, "position": position, **labels}
+        given = [f"{name}={value!r}" for name, value in asked.items() if value is not None]
         raise ValueError(
-            f"no token has sequence={sequence}, position={position} and phase={phase}; "
+            f"no token has {' and '.join(given)}; "
             f"the trace has {len(rows_N)} tokens of sequences {present}"
         )
     moved = torch.full((len(context),), -1)
@@ -64,6 +71,28 @@ def in_layers(
         path: kept
         for path, kept in values.items()
         if kept.site.layer is None or kept.site.layer in wanted
+    }
+
+
+def narrowed(
+    values: Mapping[str, Recorded],
+    new_row: Tensor,
+    sequences: Collection[int],
+    media: Sequence[Picture],
+) -> dict[str, Recorded]:
+    """The rows of the surviving tokens, and the patches of pictures of these sequences."""
+    survives = {
+        row: torch.tensor(
+            [media[image].sequence in sequences for image in cells_of(row, media)["image"]],
+            dtype=torch.bool,
+        )
+        for row in {kept.site.row for kept in values.values() if kept.site.of_patches}
+    }
+    return {
+        path: kept.of_cells(survives[kept.site.row])
+        if kept.site.of_patches
+        else kept.select(new_row, sequences)
+        for path, kept in values.items()
     }
 
 

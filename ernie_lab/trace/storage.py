@@ -18,7 +18,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from ernie_lab.inputs.media import Grid
 from ernie_lab.sites import Site
+from ernie_lab.trace.pictures import Picture, read_only
 from ernie_lab.trace.provenance import Provenance
 from ernie_lab.trace.recorded import Part, Recorded
 from ernie_lab.trace.routing import Routers
@@ -27,8 +29,9 @@ from ernie_lab.trace.tokens import Tokens
 if TYPE_CHECKING:
     from ernie_lab.trace.trace import Trace
 
-# 1: without `edited`.
-SCHEMA = 2
+# 1: without `edited`. 2: of text models alone: no pictures, no `bank` of tokens, one router.
+SCHEMA = 3
+_PICTURE = ("sequence", "start", "kind", "grid", "original_size", "timestamps", "source")
 VALUES, HEADER = "values.safetensors", "trace.json"
 
 
@@ -121,7 +124,7 @@ def _packed(trace: Trace) -> tuple[dict[str, Any], dict[str, Tensor]]:
             tensors[name] = _own(part.values)
             parts.append({"sequence": sequence, "values": name, "rows": indices[index]})
         listed.append({"path": path, "heads": kept.heads, "parts": parts})
-    header = {
+    header: dict[str, Any] = {
         "format": "ernie_lab trace",
         "schema": SCHEMA,
         "provenance": trace.provenance.as_json(),
@@ -133,24 +136,32 @@ def _packed(trace: Trace) -> tuple[dict[str, Any], dict[str, Tensor]]:
             for site in trace.known_sites
         ],
         "values": listed,
-        "routers": None,
+        "routers": {},
+        "media": [],
     }
-    if trace.routers is not None:
-        routers = trace.routers
-        header["routers"] = {
+    for bank, routers in trace.routers.items():
+        header["routers"][bank] = {
             "n_experts": routers.n_experts,
             "n_chosen": routers.n_chosen,
             "layers": sorted(routers.correction_bias),
         }
         for layer, bias_E in routers.correction_bias.items():
-            tensors[f"correction_bias.{layer}"] = _own(bias_E)
+            tensors[f"correction_bias.{bank}.{layer}"] = _own(bias_E)
+    for number, picture in enumerate(trace.media):
+        facts = {name: getattr(picture, name) for name in _PICTURE}
+        header["media"].append(facts | {"has_pixels": picture.frames is not None})
+        if picture.frames is not None:
+            tensors[f"media.{number}"] = torch.from_numpy(picture.frames.copy())
     return header, tensors
 
 
 def _unpacked(header: dict[str, Any], tensors: dict[str, Tensor]) -> dict[str, Any]:
     sites = tuple(Site(*fields) for fields in header["sites"])
     by_path = {site.path: site for site in sites}
-    tokens = Tokens(**{name: tuple(column) for name, column in header["tokens"].items()})
+    columns = {name: tuple(column) for name, column in header["tokens"].items()}
+    # Before schema 3 every model was a text model.
+    columns.setdefault("bank", ("text",) * len(columns["id"]))
+    tokens = Tokens(**columns)
     values = {}
     for kept in header["values"]:
         parts = {
@@ -160,21 +171,50 @@ def _unpacked(header: dict[str, Any], tensors: dict[str, Tensor]) -> dict[str, A
         heads = None if kept["heads"] is None else tuple(kept["heads"])
         site = by_path[kept["path"]]
         values[site.path] = Recorded(site, parts, heads)
-    routers = None
-    if header["routers"] is not None:
-        facts = header["routers"]
-        bias = {layer: tensors[f"correction_bias.{layer}"] for layer in facts["layers"]}
-        routers = Routers(facts["n_experts"], facts["n_chosen"], bias)
     return {
         "context": tokens,
         "rows_N": tensors["rows"],
         "values": values,
         "known_sites": sites,
-        "routers": routers,
+        "routers": _routers(header, tensors),
         "provenance": Provenance(**header["provenance"]),
         "keep": header["keep"],
         "edited": _edited(header),
+        "media": _media(header, tensors),
     }
+
+
+def _routers(header: dict[str, Any], tensors: dict[str, Tensor]) -> dict[str, Routers]:
+    by_bank, name = header["routers"], "correction_bias.{bank}.{layer}"
+    if header["schema"] < 3:
+        by_bank, name = ({"text": by_bank} if by_bank else {}), "correction_bias.{layer}"
+    return {
+        bank: Routers(
+            facts["n_experts"],
+            facts["n_chosen"],
+            {layer: tensors[name.format(bank=bank, layer=layer)] for layer in facts["layers"]},
+        )
+        for bank, facts in by_bank.items()
+    }
+
+
+def _media(header: dict[str, Any], tensors: dict[str, Tensor]) -> tuple[Picture, ...]:
+    pictures = []
+    for number, facts in enumerate(header.get("media", [])):
+        size = facts["original_size"]
+        pictures.append(
+            Picture(
+                facts["sequence"],
+                facts["start"],
+                facts["kind"],
+                Grid(*facts["grid"]),
+                read_only(tensors[f"media.{number}"].numpy()) if facts["has_pixels"] else None,
+                None if size is None else (size[0], size[1]),
+                tuple(facts["timestamps"]),
+                facts["source"],
+            )
+        )
+    return tuple(pictures)
 
 
 def _edited(header: dict[str, Any]) -> tuple[str, ...]:

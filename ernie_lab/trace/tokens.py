@@ -10,7 +10,9 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     import pandas as pd
 
-_GIVEN = ("modality", "content", "image", "row", "col", "frame")
+_NAMED = ("modality", "content", "bank")
+_CELL = ("image", "row", "col", "frame")
+_GIVEN = (*_NAMED, *_CELL)
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,7 +20,11 @@ class Tokens:
     """Columns of equal length, rows ordered by (sequence, pos).
 
     `text` is for display and may hold anything: parts of characters, control characters, lone
-    surrogates. `image`, `row`, `col` and `frame` are None for text tokens.
+    surrogates. `content` is text, delimiter, image or video, and `modality` counts delimiters as
+    text. `bank` is the bank of experts that the token's kind goes to (`text` in a text model); an
+    edit may send it elsewhere. `image` numbers the pictures of `Trace.media`; `row`, `col` and
+    `frame` are the token's place in it, a token of a clip standing for `frame` and `frame + 1`.
+    All four are None for text and delimiters.
     """
 
     sequence: tuple[int, ...]
@@ -28,6 +34,7 @@ class Tokens:
     modality: tuple[str, ...]
     phase: tuple[str, ...]
     content: tuple[str, ...]
+    bank: tuple[str, ...]
     image: tuple[int | None, ...]
     row: tuple[int | None, ...]
     col: tuple[int | None, ...]
@@ -57,9 +64,8 @@ class Tokens:
         if texts is None:
             texts = [[str(int(token)) for token in sequence] for sequence in ids]
         every: dict[str, Sequence[Sequence[Any]]] = {
-            "modality": [["text"] * len(sequence) for sequence in ids],
-            "content": [["text"] * len(sequence) for sequence in ids],
-            **{name: [[None] * len(sequence) for sequence in ids] for name in _GIVEN[2:]},
+            **{name: [["text"] * len(sequence) for sequence in ids] for name in _NAMED},
+            **{name: [[None] * len(sequence) for sequence in ids] for name in _CELL},
             **(columns or {}),
             "id": [[int(token) for token in sequence] for sequence in ids],
             "text": texts,
@@ -99,8 +105,8 @@ class Tokens:
 
         texts = pd.StringDtype("python", na_value=np.nan)
         dtypes: dict[str, Any] = {"sequence": "int64", "pos": "int64", "id": "int64"}
-        dtypes |= dict.fromkeys(("text", "modality", "phase", "content"), texts)
-        dtypes |= dict.fromkeys(("image", "row", "col", "frame"), "Int64")
+        dtypes |= dict.fromkeys(("text", "phase", *_NAMED), texts)
+        dtypes |= dict.fromkeys(_CELL, "Int64")
         return pd.DataFrame(
             {
                 name: pd.Series(list(column), dtype=dtypes[name])

@@ -7,13 +7,14 @@ import pytest
 from support.models import small_model
 
 import ernie_lab as el
-from ernie_lab.cli import _layers, main
+from ernie_lab.cli import main
+from ernie_lab.describe import layers_in_words
 
 
 def test_info_lists_figures_and_sites(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["info", "tiny-text", "--sites"]) == 0
     out = capsys.readouterr().out
-    assert "16 of width 64, 4 chosen, 2 shared" in out
+    assert "16 of width 64; 4 chosen, 2 shared" in out
     assert "in layers 1 to 5\n" in out
     assert "blocks.1.moe.router_logits" in out
 
@@ -29,7 +30,7 @@ def test_info_lists_figures_and_sites(capsys: pytest.CaptureFixture[str]) -> Non
     ],
 )
 def test_mixture_layers_in_few_words(layers: tuple[int, ...], said: str) -> None:
-    assert _layers(layers) == said
+    assert layers_in_words(layers) == said
 
 
 def test_info_of_a_folder_needs_no_weights(

@@ -26,10 +26,12 @@ ORDER = (
 # These compose everything, and nothing above imports them.
 COMPOSERS = (
     "arguments",
+    "describe",
     "results",
     "session",
     "lab",
     "loading",
+    "preparing",
     "organisms",
     "cli",
     "demo",

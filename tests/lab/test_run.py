@@ -283,7 +283,7 @@ def test_a_dense_model_has_no_routing() -> None:
 
 
 def test_reprs(lab: Lab) -> None:
-    assert "8, 2 chosen, 2 shared; in layers 1..2" in repr(lab)
+    assert "8 of width 16; 2 chosen, 2 shared; in layers 1, 2" in repr(lab)
     assert "<table>" in lab._repr_html_()
     assert repr(lab.run("hello", keep="routing")).startswith("Run(1 sequences, 5 tokens, loss=")
     assert list(lab.sites().columns) == ["dims", "dtype", "on_demand", "meaning"]

@@ -1,6 +1,6 @@
 """Small random models, big enough that every part does something visible."""
 
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -10,9 +10,15 @@ from ernie_lab.checkpoint.config import (
     RopeConfig,
     RouterConfig,
     TextConfig,
+    VisionConfig,
+    VisualIds,
+    VLConfig,
 )
 from ernie_lab.model.initial import initialise
 from ernie_lab.model.text import TextModel
+from ernie_lab.model.vl import VLModel
+
+Model = TypeVar("Model", TextModel, VLModel)
 
 
 def small_config(**overrides: Any) -> TextConfig:
@@ -36,7 +42,38 @@ def small_config(**overrides: Any) -> TextConfig:
 
 def small_model(seed: int = 0, **overrides: Any) -> TextModel:
     """Weights of deviation 0.3, so that softmaxes are peaked; a bias that changes choices."""
-    model = TextModel(small_config(**overrides))
+    return _filled(TextModel(small_config(**overrides)), seed)
+
+
+def small_vl_config(**overrides: Any) -> VLConfig:
+    """`small_config` with two banks, the experts of the vision bank narrower, and a tower of 2."""
+    fields: dict[str, Any] = {
+        "text": small_config(
+            rope=RopeConfig(theta=500000.0, max_positions=512, sections=(1, 1, 2))
+        ),
+        "vision": VisionConfig(
+            depth=2,
+            width=24,
+            hidden=40,
+            n_heads=2,
+            patch_size=2,
+            merge_size=2,
+            temporal_merge_size=2,
+        ),
+        "ids": VisualIds(
+            image=50, video=51, image_start=52, image_end=53, video_start=54, video_end=55
+        ),
+        "vision_expert_hidden": 12,
+    }
+    return VLConfig(**{**fields, **overrides})
+
+
+def small_vl_model(seed: int = 0, **overrides: Any) -> VLModel:
+    """As `small_model`, with pictures."""
+    return _filled(VLModel(small_vl_config(**overrides)), seed)
+
+
+def _filled(model: Model, seed: int) -> Model:
     initialise(model, seed, std=0.3)
     generator = torch.Generator().manual_seed(seed + 1)
     with torch.no_grad():

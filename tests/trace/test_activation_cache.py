@@ -4,7 +4,7 @@ import pytest
 import torch
 from trace_driver import SITES
 
-from ernie_lab.sites import SiteError
+from ernie_lab.sites import Site, SiteError
 from ernie_lab.trace.activation_cache import ActivationCache
 
 PATHS = ("blocks.1.norm1.scale", "blocks.1.resid_post", "blocks.2.resid_post", "blocks.1.attn.k")
@@ -42,6 +42,15 @@ def test_the_part_of_a_key_counts():
     assert [int(both["normalized", 1, f"ln{i}"]) for i in (1, 2)] == [1, 2]
     with pytest.raises(SiteError, match="ambiguous in layer 1"):
         both["normalized", 1]
+
+
+def test_what_has_no_batch_axis_keeps_its_rows():
+    sites = (Site("embed", "b s d", ""), Site("blocks.0.moe.vision.routed_out", "n d", ""))
+    values = {"embed": torch.zeros(1, 3, 4), sites[1].path: torch.ones(2, 4)}
+    mine = ActivationCache(values, sites).remove_batch_dim()
+    assert mine["embed"].shape == (3, 4) and mine[sites[1]].shape == (2, 4)
+    with pytest.raises(ValueError, match=r"\[2\] sequences"):
+        ActivationCache({"embed": torch.zeros(2, 3, 4)}, sites).remove_batch_dim()
 
 
 def test_keys_refused():

@@ -91,9 +91,12 @@ def test_to_frame():
 
 def test_bank_is_for_models_with_two():
     trace, _ = generation()
+    assert trace.banks == ("text",)
+    assert trace.routing("text").expert_ids.equals(trace.expert_ids)
+    assert trace.to_frame(bank="text").equals(trace.to_frame())
     for ask in (trace.routing, trace.to_frame):
         with pytest.raises(ValueError, match="one bank"):
-            ask(bank="text")
+            ask(bank="vision")
 
 
 @pytest.mark.parametrize(

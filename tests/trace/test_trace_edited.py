@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 import torch
-from trace_driver import SITES, generation
+from trace_driver import SITES, as_schema_2, generation
 
 from ernie_lab.interventions.edits import EditTap, edit
 from ernie_lab.sites import SiteError, Step, all_sites
@@ -109,8 +109,9 @@ def test_schema_1_did_not_say_where_its_edits_were(tmp_path, edits):
     trace, _ = generation()
     trace.save(tmp_path / "old")
     path = tmp_path / "old" / "trace.json"
+    assert json.loads(path.read_text())["schema"] == 3
+    as_schema_2(tmp_path / "old")
     header = json.loads(path.read_text())
-    assert header["schema"] == 2
     del header["edited"]
     header["schema"] = 1
     header["provenance"]["details"]["edits"] = edits

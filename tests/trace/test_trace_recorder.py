@@ -148,8 +148,11 @@ def test_refuses_what_does_not_fit():
         bound(path)(site_of(path), torch.zeros(2, N_HEADS, 4, 7))
     odd = Site("vision.out", "p w", "")
     tap = Recorder(Keep.of(odd, [odd])).bind(steps()[0])
-    with pytest.raises(ValueError, match="'p w', not token rows"):
+    with pytest.raises(ValueError, match=r"'p w' and the grids \[\].*Step\(grids="):
         tap(odd, torch.zeros(3, 4))
+    odd = Site("odd", "d v", "")
+    with pytest.raises(ValueError, match="'d v', not token rows"):
+        Recorder(Keep.of(odd, [odd])).bind(steps()[0])(odd, torch.zeros(3, 4))
     tap = bound("embed")
     tap(site_of("embed"), torch.zeros(2, 4, 4))
     with pytest.raises(RuntimeError, match="fired twice"):

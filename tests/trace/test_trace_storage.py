@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from trace_driver import SITES, drive, generation, one_step, provenance
+from trace_driver import SITES, as_schema_2, drive, generation, one_step, provenance
 
 from ernie_lab.trace import storage
 from ernie_lab.trace.keep import Keep, keep
@@ -63,7 +63,8 @@ def test_round_trip_of_slices_and_of_dense_models(tmp_path):
     recorder = Recorder(Keep.of("embed", SITES))
     drive(recorder, [one_step((2,))])
     recorder.trace([[1, 2]], sites=SITES, provenance=provenance()).save(tmp_path / "dense")
-    assert Trace.load(tmp_path / "dense").routers is None
+    dense = Trace.load(tmp_path / "dense")
+    assert dense.routers == {} and dense.banks == ()
 
 
 def test_overwriting(tmp_path):
@@ -111,6 +112,15 @@ def damaged(folder, **changes):
     (folder / "trace.json").write_text(json.dumps({**header, **changes}))
 
 
+def test_traces_of_older_versions_open(tmp_path):
+    trace, _ = generation(["routing", "attention"])
+    as_schema_2(trace.save(tmp_path / "old"))
+    loaded = Trace.load(tmp_path / "old")
+    same(trace, loaded)
+    assert loaded.to_frame().equals(trace.to_frame())
+    assert loaded.banks == ("text",) and loaded.media == ()
+
+
 def test_damage(tmp_path):
     folder = tmp_path / "run"
     trace, _ = generation("routing")
@@ -121,8 +131,8 @@ def test_damage(tmp_path):
     with pytest.raises(FileNotFoundError, match="not a saved trace"):
         Trace.load(tmp_path / "nothing")
     fresh()
-    damaged(folder, schema=3)
-    with pytest.raises(TraceFileError, match="schema 3, this ernie_lab reads up to 2: upgrade"):
+    damaged(folder, schema=4)
+    with pytest.raises(TraceFileError, match="schema 4, this ernie_lab reads up to 3: upgrade"):
         Trace.load(folder)
     damaged(folder, schema="x")
     with pytest.raises(TraceFileError, match="no valid schema"):

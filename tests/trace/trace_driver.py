@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Collection
+from pathlib import Path
 
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ernie_lab.sites import Phase, Site, Step
@@ -145,3 +149,18 @@ def forward(lengths: tuple[int, ...], keep: object = "routing", **filters: objec
     drive(recorder, [one_step(lengths)])
     ids = [[100 * i + pos for pos in range(length)] for i, length in enumerate(lengths)]
     return recorder.trace(ids, sites=SITES, provenance=provenance(), routers=routers())
+
+
+def as_schema_2(folder: Path) -> None:
+    """Rewrite a saved trace of a text model as the version before the pictures wrote it."""
+    header = json.loads((folder / "trace.json").read_text())
+    header["schema"] = 2
+    header["routers"] = header["routers"].get("text")
+    del header["media"], header["tokens"]["bank"]
+    tensors = load_file(folder / "values.safetensors")
+    renamed = {
+        name.replace("correction_bias.text.", "correction_bias."): x for name, x in tensors.items()
+    }
+    save_file(renamed, folder / "values.safetensors")
+    header["sha256"] = hashlib.sha256((folder / "values.safetensors").read_bytes()).hexdigest()
+    (folder / "trace.json").write_text(json.dumps(header))
