@@ -1,10 +1,17 @@
 """Arrays and labels to figures. Nothing here imports a model, and nothing global is touched."""
 
 from ernie_lab.display import visible
+from ernie_lab.plots.ablation_bars import plot_ablation_bars
 from ernie_lab.plots.attention import plot_attention, plot_attention_heads
+from ernie_lab.plots.banks import plot_banks
 from ernie_lab.plots.expert_load import plot_expert_load
 from ernie_lab.plots.expert_map import plot_expert_map
+from ernie_lab.plots.expert_on_image import plot_expert_on_image
 from ernie_lab.plots.generation import plot_generation
+from ernie_lab.plots.image_attention import plot_image_attention
+from ernie_lab.plots.image_experts import plot_clip_experts, plot_image_experts
+from ernie_lab.plots.image_values import plot_image_value
+from ernie_lab.plots.modality_attention import plot_modality_attention
 from ernie_lab.plots.report import Section, report
 from ernie_lab.plots.router_token import plot_router_token
 from ernie_lab.plots.token_text import TokenHTML, token_html
@@ -14,11 +21,19 @@ __all__ = [
     "Section",
     "TokenHTML",
     "View",
+    "plot_ablation_bars",
     "plot_attention",
     "plot_attention_heads",
+    "plot_banks",
+    "plot_clip_experts",
     "plot_expert_load",
     "plot_expert_map",
+    "plot_expert_on_image",
     "plot_generation",
+    "plot_image_attention",
+    "plot_image_experts",
+    "plot_image_value",
+    "plot_modality_attention",
     "plot_router_token",
     "report",
     "token_html",

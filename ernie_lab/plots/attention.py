@@ -11,6 +11,7 @@ from matplotlib.colors import PowerNorm
 from numpy.typing import ArrayLike, NDArray
 
 from ernie_lab.plots.style import AMOUNT, MUTED, PALE, RULE
+from ernie_lab.plots.token_names import Tokens, names
 from ernie_lab.plots.tokens import Labels, coordinate, labels
 from ernie_lab.plots.view import Sheet, View
 
@@ -28,13 +29,13 @@ _TICKS = (0.0, 0.01, 0.05, 0.1, 0.25, 0.5, 1.0)
 
 @overload
 def plot_attention(
-    pattern: ArrayLike, *, layer: int, head: int, tokens: Sequence[str | bytes] | None = ...,
+    pattern: ArrayLike, *, layer: int, head: int, tokens: Tokens | None = ...,
     queries: Sequence[int] | None = ..., model: str = ..., ax: None = None,
     title: str | None = ..., caption: str | None = ...,
 ) -> View: ...  # fmt: skip
 @overload
 def plot_attention(
-    pattern: ArrayLike, *, layer: int, head: int, tokens: Sequence[str | bytes] | None = ...,
+    pattern: ArrayLike, *, layer: int, head: int, tokens: Tokens | None = ...,
     queries: Sequence[int] | None = ..., model: str = ..., ax: Axes,
     title: str | None = ..., caption: str | None = ...,
 ) -> Axes: ...  # fmt: skip
@@ -43,7 +44,7 @@ def plot_attention(
     *,
     layer: int,
     head: int,
-    tokens: Sequence[str | bytes] | None = None,
+    tokens: Tokens | None = None,
     queries: Sequence[int] | None = None,
     model: str = "",
     ax: Axes | None = None,
@@ -51,7 +52,7 @@ def plot_attention(
     caption: str | None = None,
 ) -> View | Axes:
     """One head's pattern `[query, key]`; a row sums to 1. `tokens` name the keys, by default
-    the coordinate `key_text`.
+    the coordinate `key_text`; `trace.tokens` names tokens of a picture by their place in it.
 
     `queries` are the positions of the rows when not all queries were kept. The colour follows the
     square root of the weight, so that 0.05 is seen beside an attention sink. Above 512 queries or
@@ -60,11 +61,11 @@ def plot_attention(
     map_ST = _checked(np.asarray(pattern, dtype=np.float64), 2)
     n_queries, n_keys = map_ST.shape
     rows = _query_rows(pattern, queries, n_queries, n_keys)
-    tokens = coordinate(pattern, "key_text") if tokens is None else tokens
-    _fits(tokens, n_keys, rows, n_queries)
-    masked = np.arange(n_keys)[None, :] > np.asarray(rows)[:, None]
+    keys = names(pattern, tokens, "key_")
+    _fits(keys, n_keys, rows, n_queries)
+    masked = _masked(pattern, rows, n_keys)
     pooled, factors = _pooled(map_ST, masked, _HEAD_PIXELS)
-    label = None if tokens is None or n_keys > _LABELLED else labels(tokens)
+    label = None if keys is None or n_keys > _LABELLED else labels(keys)
     side = float(np.clip(n_keys * 0.2, 3.4, 7.2))
     tall = float(np.clip(side * n_queries / n_keys, 1.6, side))
     words = 0.0 if label is None else max(map(len, label.texts)) * 0.068
@@ -74,7 +75,9 @@ def plot_attention(
         _bar(sheet.ax, image, tall)
         return sheet.finish(
             title or f"Where layer {layer}, head {head} looks",
-            _caption(model, n_queries, n_keys, factors, label) if caption is None else caption,
+            _caption(model, n_queries, n_keys, factors, label, bool(masked.any()))
+            if caption is None
+            else caption,
             _alt(map_ST, rows, f"layer {layer}, head {head}", model),
             f"Tokens shown as boxes: {label.full}" if label and label.boxed else "",
         )
@@ -118,7 +121,7 @@ def plot_attention_heads(
         )
     rows = _query_rows(patterns, queries, n_queries, n_keys)
     _fits(None, n_keys, rows, n_queries)
-    masked = np.arange(n_keys)[None, :] > np.asarray(rows)[:, None]
+    masked = _masked(patterns, rows, n_keys)
     columns = min(n_heads, 4 if n_heads <= 12 else 5 if n_heads <= 20 else 8)
     lines = -(-n_heads // columns)
     cell = 8.4 / max(columns, 4)
@@ -138,7 +141,9 @@ def plot_attention_heads(
         _bar(sheet.ax, image, lines * cell)
         return sheet.finish(
             title or f"Where the heads of layer {layer} look",
-            _caption(model, n_queries, n_keys, factors, None) if caption is None else caption,
+            _caption(model, n_queries, n_keys, factors, None, bool(masked.any()))
+            if caption is None
+            else caption,
             " ".join(
                 _alt(map_ST, rows, f"layer {layer}, head {number}", "")
                 for number, map_ST in zip(numbers[:4], maps_HST, strict=False)
@@ -171,6 +176,13 @@ def _query_rows(
     if query_pos is not None and key_pos is not None and set(query_pos) <= set(key_pos):
         return [key_pos.index(q) for q in query_pos]
     return list(range(n_keys - n_queries, n_keys))
+
+
+def _masked(pattern: Any, rows: list[int], n_keys: int) -> NDArray[np.bool_]:
+    """The keys that come after each query; in the vision tower every patch sees every other."""
+    if coordinate(pattern, "query_row") is not None:
+        return np.zeros((len(rows), n_keys), bool)
+    return np.asarray(np.arange(n_keys)[None, :] > np.asarray(rows)[:, None])
 
 
 def _fits(tokens: Sequence[Any] | None, n_keys: int, rows: list[int], n_queries: int) -> None:
@@ -243,17 +255,19 @@ def _bar(ax: Axes, image: Any, height: float) -> None:
 
 
 def _caption(
-    model: str, n_queries: int, n_keys: int, factors: tuple[int, int], label: Labels | None
-) -> str:
+    model: str, n_queries: int, n_keys: int, factors: tuple[int, int], label: Labels | None,
+    causal: bool,
+) -> str:  # fmt: skip
     size = f"{n_keys} tokens" if n_queries == n_keys else f"{n_queries} queries x {n_keys} keys"
     pooled = (
         f" One cell is the maximum of {factors[0]} queries x {factors[1]} keys."
         if max(factors) > 1
         else ""
     )
+    later = "; grey: later tokens, which the query cannot see" if causal else ""
     return (
-        f"{model + ', ' if model else ''}{size}. Each row sums to 1; grey: later tokens, which the "
-        f"query cannot see. Colour by the square root of the weight.{pooled} "
+        f"{model + ', ' if model else ''}{size}. Each row sums to 1{later}. Colour by the square "
+        f"root of the weight.{pooled} "
         f"{label.note if label else ''}"
     ).strip()
 

@@ -10,7 +10,9 @@ from matplotlib.axes import Axes
 from matplotlib.collections import PolyCollection
 from numpy.typing import ArrayLike, NDArray
 
+from ernie_lab.plots.pictures import TraceLike, model_name
 from ernie_lab.plots.style import INK, MARK, MUTED, PALE, RULE
+from ernie_lab.plots.token_names import Tokens, names
 from ernie_lab.plots.tokens import Labels, coordinate, labels, prompt_length
 from ernie_lab.plots.view import Sheet, View
 
@@ -21,11 +23,12 @@ _GAP = 0.085  # inches between bands
 
 @overload
 def plot_expert_map(
-    expert_ids: ArrayLike,
+    expert_ids: ArrayLike | TraceLike,
     expert_weights: ArrayLike | None = ...,
     *,
-    n_experts: int,
-    tokens: Sequence[str | bytes] | None = ...,
+    n_experts: int | None = ...,
+    bank: str = ...,
+    tokens: Tokens | None = ...,
     layers: Sequence[int] | None = ...,
     window: tuple[int, int] | None = ...,
     only_layers: Sequence[int] | None = ...,
@@ -37,11 +40,12 @@ def plot_expert_map(
 ) -> View: ...
 @overload
 def plot_expert_map(
-    expert_ids: ArrayLike,
+    expert_ids: ArrayLike | TraceLike,
     expert_weights: ArrayLike | None = ...,
     *,
-    n_experts: int,
-    tokens: Sequence[str | bytes] | None = ...,
+    n_experts: int | None = ...,
+    bank: str = ...,
+    tokens: Tokens | None = ...,
     layers: Sequence[int] | None = ...,
     window: tuple[int, int] | None = ...,
     only_layers: Sequence[int] | None = ...,
@@ -52,11 +56,12 @@ def plot_expert_map(
     caption: str | None = ...,
 ) -> Axes: ...
 def plot_expert_map(
-    expert_ids: ArrayLike,
+    expert_ids: ArrayLike | TraceLike,
     expert_weights: ArrayLike | None = None,
     *,
-    n_experts: int,
-    tokens: Sequence[str | bytes] | None = None,
+    n_experts: int | None = None,
+    bank: str = "",
+    tokens: Tokens | None = None,
     layers: Sequence[int] | None = None,
     window: tuple[int, int] | None = None,
     only_layers: Sequence[int] | None = None,
@@ -73,37 +78,50 @@ def plot_expert_map(
     `text`, when they have them. `window=(start, stop)` and `only_layers=[…]` narrow the picture;
     positions and layer numbers stay the true ones. `n_prompt` (or the coordinate `phase`) draws
     the border between prompt and generated tokens.
+
+    In place of `expert_ids` a trace will do, without weights, tokens and `n_experts`; of a model
+    with two banks of experts it needs `bank=`, and its picture has the tokens of that bank alone.
     """
-    ids_LTK, weights_LTK = _arrays(expert_ids, expert_weights, n_experts)
-    layers = _numbers(layers, coordinate(expert_ids, "layer"), len(ids_LTK), "layers")
-    sequences = set(coordinate(expert_ids, "sequence") or ())
+    ids: Any = expert_ids
+    if isinstance(ids, TraceLike):
+        trace, ledger = ids, ids.routing(_bank(ids, bank) or None)
+        ids, expert_weights, n_experts = ledger.expert_ids, ledger.expert_weights, trace.n_experts
+        tokens = trace.tokens if tokens is None else tokens
+        model = model or model_name(trace, None)
+    if n_experts is None:
+        raise ValueError("n_experts= is needed: expert ids alone do not tell it")
+    ids_LTK, weights_LTK = _arrays(ids, expert_weights, n_experts)
+    layers = _numbers(layers, coordinate(ids, "layer"), len(ids_LTK), "layers")
+    sequences = set(coordinate(ids, "sequence") or ())
     if len(sequences) > 1:
         raise ValueError(f"{len(sequences)} sequences: an expert map shows one, select it first")
-    n_prompt = prompt_length(expert_ids) if n_prompt is None else n_prompt
-    names = tokens if tokens is not None else coordinate(expert_ids, "text")
-    names = [str(i) for i in range(ids_LTK.shape[1])] if names is None else list(names)
-    if len(names) != ids_LTK.shape[1]:
-        raise ValueError(f"{len(names)} tokens for {ids_LTK.shape[1]} columns of expert_ids")
+    n_prompt = prompt_length(ids) if n_prompt is None else n_prompt
+    words = names(ids, tokens)
+    words = [str(i) for i in range(ids_LTK.shape[1])] if words is None else words
+    if len(words) != ids_LTK.shape[1]:
+        raise ValueError(f"{len(words)} tokens for {ids_LTK.shape[1]} columns of expert_ids")
 
-    start, stop, _ = slice(*(window or (None, None))).indices(len(names))
+    start, stop, _ = slice(*(window or (None, None))).indices(len(words))
     rows = _rows(layers, only_layers)
     if stop - start > MAX_TOKENS or stop <= start:
         raise ValueError(
             f"{max(stop - start, 0)} tokens to draw, possible are 1 to {MAX_TOKENS}: narrow with "
-            f"window=(start, stop), for example window=(0, {min(MAX_TOKENS, len(names))})"
+            f"window=(start, stop), for example window=(0, {min(MAX_TOKENS, len(words))})"
         )
     if len(rows) > MAX_LAYERS:
         raise ValueError(f"{len(rows)} layers, at most {MAX_LAYERS}: narrow with only_layers=[…]")
     layers = [layers[row] for row in rows]
     ids_LTK = ids_LTK[rows, start:stop]
     weights_LTK = None if weights_LTK is None else weights_LTK[rows, start:stop]
-    label = labels(names[start:stop], positions=range(start, stop))
+    found = coordinate(ids, "pos") or range(len(words))
+    positions = [int(pos) for pos in found][start:stop]
+    label = labels(words[start:stop], positions=positions)
 
     n_layers, n_tokens, _ = ids_LTK.shape
     column = float(np.clip(8.2 / n_tokens, 0.098, 0.30))
     band = float(np.clip(12.5 / n_layers - _GAP, 0.36, np.clip(n_experts * 0.055, 0.36, 1.1)))
-    words = max(len(text) for text in label.texts)
-    bottom = 0.35 + 0.075 * words * min(1.0, column / 0.16)
+    longest = max(len(text) for text in label.texts)
+    bottom = 0.35 + 0.075 * longest * min(1.0, column / 0.16)
     width = max(5.6, n_tokens * column + 1.9)
     height = n_layers * (band + _GAP) + bottom + 1.25
     with Sheet(ax, width, height) as sheet:
@@ -111,7 +129,8 @@ def plot_expert_map(
         tops = np.arange(n_layers, dtype=np.float64) * (n_experts + gap)
         _paper(sheet.ax, tops, n_experts, n_tokens)
         marks = _marks(sheet.ax, ids_LTK, weights_LTK, tops, n_experts / (band * 72))
-        _axes(sheet.ax, tops, n_experts, n_tokens, layers, label, start, column, band)
+        _axes(sheet.ax, tops, n_experts, n_tokens, layers, label, positions, column, band)
+        jumps = _jumps(sheet.ax, positions)
         if n_prompt is not None and start < n_prompt < stop:
             _border(sheet.ax, n_prompt - start)
         if weights_LTK is not None:
@@ -121,9 +140,12 @@ def plot_expert_map(
             bar.set_label("weight in the routed output")
             bar.outline.set_visible(False)
         return sheet.finish(
-            title or "Which experts each token went to, layer by layer",
-            caption if caption is not None else _caption(model, ids_LTK, n_experts, label),
-            _alt(ids_LTK, layers, n_experts, model),
+            title
+            or f"Which {bank + ' ' if bank else ''}experts each token went to, layer by layer",
+            caption
+            if caption is not None
+            else _caption(model, ids_LTK, n_experts, label, bank, jumps),
+            _alt(ids_LTK, layers, n_experts, model, bank),
             f"Tokens shown as boxes: {label.full}" if label.boxed else "",
         )
 
@@ -199,7 +221,7 @@ def _axes(
     n_tokens: int,
     layers: Sequence[int],
     label: Labels,
-    start: int,
+    positions: Sequence[int],
     column: float,
     band: float,
 ) -> None:
@@ -213,8 +235,8 @@ def _axes(
     # Positions stay where both kinds of tick meet.
     ax.xaxis.remove_overlapping_locs = ax.yaxis.remove_overlapping_locs = False
     step = next(s for s in (1, 5, 10, 20) if s * column >= 0.28)
-    places = [i for i in range(n_tokens) if (start + i) % step == 0]
-    ax.set_xticks([i + 0.5 for i in places], [str(start + i) for i in places], minor=True)
+    places = [i for i in range(n_tokens) if positions[i] % step == 0]
+    ax.set_xticks([i + 0.5 for i in places], [str(positions[i]) for i in places], minor=True)
     ax.tick_params(
         axis="x", which="minor", bottom=False, labelbottom=False, labeltop=True, length=0,
         labelsize=7, labelcolor=MUTED, pad=1,
@@ -243,18 +265,42 @@ def _border(ax: Axes, place: int) -> None:
     )  # fmt: skip
 
 
-def _caption(model: str, ids_LTK: NDArray[np.int64], n_experts: int, label: Labels) -> str:
+def _jumps(ax: Axes, positions: Sequence[int]) -> bool:
+    """A dotted line where tokens between two columns are not drawn."""
+    places = [i for i in range(1, len(positions)) if positions[i] != positions[i - 1] + 1]
+    for place in places:
+        ax.axvline(place, color=MUTED, lw=1.0, ls=(0, (1, 2)), zorder=2.5)
+    return bool(places)
+
+
+def _bank(trace: TraceLike, bank: str) -> str:
+    if len(trace.banks) > 1 and bank not in trace.banks:
+        ways = " or ".join(f"bank={name!r}" for name in trace.banks)
+        raise ValueError(
+            f"bank={bank!r}: this model has two banks of experts, and expert 5 of the one is not "
+            f"expert 5 of the other: pass {ways}"
+        )
+    return bank
+
+
+def _caption(
+    model: str, ids_LTK: NDArray[np.int64], n_experts: int, label: Labels, bank: str, jumps: bool
+) -> str:
     _, n_tokens, k = ids_LTK.shape
     blank = " Empty: not routed." if (ids_LTK < 0).any() else ""
     source = f"{model}, " if model else ""
+    only = f" of the {bank} bank" if bank else ""
+    between = " Dotted: tokens in between that are not drawn." if jumps else ""
     return (
-        f"{source}{n_tokens} tokens, {k} of {n_experts} routed experts per token and layer. Each "
-        "mark is one chosen expert; darker means more weight. A picture of who was chosen, not of "
-        f"what the expert does.{blank} {label.note}"
+        f"{source}{n_tokens} tokens{only}, {k} of {n_experts} routed experts per token and layer. "
+        "Each mark is one chosen expert; darker means more weight. A picture of who was chosen, "
+        f"not of what the expert does.{blank}{between} {label.note}"
     ).strip()
 
 
-def _alt(ids_LTK: NDArray[np.int64], layers: Sequence[int], n_experts: int, model: str) -> str:
+def _alt(
+    ids_LTK: NDArray[np.int64], layers: Sequence[int], n_experts: int, model: str, bank: str
+) -> str:
     busiest = []
     for layer, ids_TK in zip(layers, ids_LTK, strict=True):
         counts = np.bincount(ids_TK[ids_TK >= 0], minlength=n_experts)
@@ -263,7 +309,8 @@ def _alt(ids_LTK: NDArray[np.int64], layers: Sequence[int], n_experts: int, mode
             busiest.append(f"layer {layer}: expert {counts.argmax()} {share:.0%}")
     shown = "; ".join(busiest[:6]) + ("; …" if len(busiest) > 6 else "")
     return (
-        f"Expert map{f' of {model}' if model else ''}: {ids_LTK.shape[1]} tokens, "
+        f"Expert map{f' of {model}' if model else ''}: {ids_LTK.shape[1]} tokens"
+        f"{f' of the {bank} bank' if bank else ''}, "
         f"{len(layers)} layers, {ids_LTK.shape[2]} of {n_experts} experts each. Busiest by share "
         f"of slots (uniform {1 / n_experts:.1%}): {shown}."
     )

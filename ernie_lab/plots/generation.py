@@ -10,6 +10,7 @@ from matplotlib.axes import Axes
 from numpy.typing import ArrayLike, NDArray
 
 from ernie_lab.plots.style import INK, MUTED, OKABE_ITO, PALE
+from ernie_lab.plots.token_names import Tokens, names
 from ernie_lab.plots.tokens import coordinate, labels, prompt_length
 from ernie_lab.plots.view import Sheet, View
 
@@ -20,14 +21,14 @@ MAX_TOKENS = 4000
 @overload
 def plot_generation(
     values: ArrayLike, *, name: str, n_prompt: int | None = ..., unit: str = ...,
-    tokens: Sequence[str | bytes] | None = ..., layers: Sequence[int] | None = ...,
+    tokens: Tokens | None = ..., layers: Sequence[int] | None = ...,
     baseline: float | None = ..., model: str = ..., ax: None = None, title: str | None = ...,
     caption: str | None = ...,
 ) -> View: ...  # fmt: skip
 @overload
 def plot_generation(
     values: ArrayLike, *, name: str, n_prompt: int | None = ..., unit: str = ...,
-    tokens: Sequence[str | bytes] | None = ..., layers: Sequence[int] | None = ...,
+    tokens: Tokens | None = ..., layers: Sequence[int] | None = ...,
     baseline: float | None = ..., model: str = ..., ax: Axes, title: str | None = ...,
     caption: str | None = ...,
 ) -> Axes: ...  # fmt: skip
@@ -37,7 +38,7 @@ def plot_generation(
     name: str,
     n_prompt: int | None = None,
     unit: str = "",
-    tokens: Sequence[str | bytes] | None = None,
+    tokens: Tokens | None = None,
     layers: Sequence[int] | None = None,
     baseline: float | None = None,
     model: str = "",
@@ -60,13 +61,13 @@ def plot_generation(
         )
     border = prompt_length(values) if n_prompt is None else n_prompt
     n_prompt = n_tokens if border is None else border
-    names = tokens if tokens is not None else coordinate(values, "text")
-    if names is not None and len(names) != n_tokens:
-        raise ValueError(f"{len(names)} tokens for {n_tokens} values")
+    words = names(values, tokens)
+    if words is not None and len(words) != n_tokens:
+        raise ValueError(f"{len(words)} tokens for {n_tokens} values")
     known = layers if layers is not None else coordinate(values, "layer")
-    label = labels(list(names)) if names is not None and n_tokens <= _LABELLED else None
-    words = 0.0 if label is None else max(map(len, label.texts)) * 0.07
-    with Sheet(ax, float(np.clip(n_tokens * 0.16 + 1.4, 6.4, 11.5)), 3.4 + words) as sheet:
+    label = labels(words) if words is not None and n_tokens <= _LABELLED else None
+    below = 0.0 if label is None else max(map(len, label.texts)) * 0.07
+    with Sheet(ax, float(np.clip(n_tokens * 0.16 + 1.4, 6.4, 11.5)), 3.4 + below) as sheet:
         axes = sheet.ax
         x = np.arange(n_tokens)
         if n_prompt < n_tokens:
@@ -92,6 +93,9 @@ def plot_generation(
                 fontsize=8 if n_tokens <= 60 else 6,
             )  # fmt: skip
             axes.tick_params(axis="x", length=0)
+        elif (positions := coordinate(values, "pos")) is not None:
+            places = [int(i) for i in axes.get_xticks() if 0 <= i < n_tokens]
+            axes.set_xticks(places, [str(positions[i]) for i in places])
         axes.set_xlabel("token" if label is not None else "position")
         axes.set_ylabel(f"{name} ({unit})" if unit else name)
         if n_layers > 1 or baseline is not None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, overload
+from typing import Any, Literal, overload
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -12,9 +12,9 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from numpy.typing import ArrayLike, NDArray
 
-from ernie_lab.display import visible
 from ernie_lab.plots.style import INK, MUTED, OKABE_ITO, RULE
-from ernie_lab.plots.tokens import drawable
+from ernie_lab.plots.token_names import name_of
+from ernie_lab.plots.tokens import drawable, shown_text
 from ernie_lab.plots.view import Sheet, View
 
 Floats = NDArray[np.float64]
@@ -85,26 +85,27 @@ class Choice:
 
 @overload
 def plot_router_token(
-    probs: ArrayLike, chosen: ArrayLike, bias: ArrayLike | None = ..., *, token: str | bytes,
-    layer: int, position: int | None = ..., sort: Literal["score", "index"] = ...,
-    show: int = ..., model: str = ..., ax: None = None, title: str | None = ...,
-    caption: str | None = ...,
+    probs: ArrayLike, chosen: ArrayLike, bias: ArrayLike | None = ..., *, token: Any,
+    layer: int, position: int | None = ..., bank: str = ...,
+    sort: Literal["score", "index"] = ..., show: int = ..., model: str = ...,
+    ax: None = None, title: str | None = ..., caption: str | None = ...,
 ) -> View: ...  # fmt: skip
 @overload
 def plot_router_token(
-    probs: ArrayLike, chosen: ArrayLike, bias: ArrayLike | None = ..., *, token: str | bytes,
-    layer: int, position: int | None = ..., sort: Literal["score", "index"] = ...,
-    show: int = ..., model: str = ..., ax: Axes, title: str | None = ...,
-    caption: str | None = ...,
+    probs: ArrayLike, chosen: ArrayLike, bias: ArrayLike | None = ..., *, token: Any,
+    layer: int, position: int | None = ..., bank: str = ...,
+    sort: Literal["score", "index"] = ..., show: int = ..., model: str = ...,
+    ax: Axes, title: str | None = ..., caption: str | None = ...,
 ) -> Axes: ...  # fmt: skip
 def plot_router_token(
     probs: ArrayLike,
     chosen: ArrayLike,
     bias: ArrayLike | None = None,
     *,
-    token: str | bytes,
+    token: Any,
     layer: int,
     position: int | None = None,
+    bank: str = "",
     sort: Literal["score", "index"] = "score",
     show: int = 64,
     model: str = "",
@@ -117,12 +118,18 @@ def plot_router_token(
     `probs` `[e]`, `chosen` the k expert ids, `bias` the layer's correction bias `[e]` (centred
     here, since only its differences choose). `sort="index"` keeps the experts' own order, so
     that several pictures compare. Of more than `show` experts the best by score are drawn.
+    `token` is its text, or a row of `trace.tokens` (then a token of a picture is called by its
+    place and `position` is known); `bank` says whose router this is in a model that has two.
     """
     if sort not in ("score", "index"):
         raise ValueError(f"sort={sort!r}: 'score' or 'index'")
     choice = Choice.of(probs, bias, chosen)
     shown = [e for i, e in enumerate(choice.order) if i < show or e in choice.chosen]
     shown = sorted(shown) if sort == "index" else shown
+    if not isinstance(token, str | bytes):
+        position = int(token["pos"]) if position is None else position
+        token = name_of(token)
+    text = shown_text(token)
     with Sheet(ax, float(np.clip(len(shown) * 0.13 + 2.0, 7.2, 10.5)), 4.3) as sheet:
         _bars(sheet.ax, choice, shown)
         if bias is not None:
@@ -131,12 +138,12 @@ def plot_router_token(
         _axes(sheet.ax, choice, shown, sort, bias is not None)
         _legend(sheet.ax, choice, bias is not None, above=ax is None and sort == "index")
         at = "" if position is None else f" (position {position})"
-        where = f"token “{visible(token)}”{at}"
+        where = f"token “{text}”{at}"
         return sheet.finish(
-            title or f"How layer {layer} routed {where}",
-            _caption(choice, model, len(shown), bias) if caption is None else caption,
-            _alt(choice, where, layer, model),
-            f"Token: {visible(token)}" if drawable(visible(token))[0] != visible(token) else "",
+            title or f"How {f'the {bank} router of ' if bank else ''}layer {layer} routed {where}",
+            _caption(choice, model, len(shown), bias, bank) if caption is None else caption,
+            _alt(choice, where, layer, bank, model),
+            f"Token: {text}" if drawable(text)[0] != text else "",
         )
 
 
@@ -231,11 +238,11 @@ def _experts(experts: frozenset[int]) -> str:
     return ", ".join(map(str, sorted(experts))) or "none"
 
 
-def _caption(choice: Choice, model: str, n_shown: int, bias: ArrayLike | None) -> str:
+def _caption(choice: Choice, model: str, n_shown: int, bias: ArrayLike | None, bank: str) -> str:
     n, k = len(choice.order), len(choice.chosen)
     parts = [
-        f"{model + ', ' if model else ''}{k} of {n} experts chosen; uniform probability 1/{n} = "
-        f"{1 / n:.4f}."
+        f"{model + ', ' if model else ''}{k} of {n} {bank + ' ' if bank else ''}experts chosen; "
+        f"uniform probability 1/{n} = {1 / n:.4f}."
     ]
     if bias is not None:
         parts.append(
@@ -254,13 +261,14 @@ def _caption(choice: Choice, model: str, n_shown: int, bias: ArrayLike | None) -
     return " ".join(parts)
 
 
-def _alt(choice: Choice, where: str, layer: int, model: str) -> str:
+def _alt(choice: Choice, where: str, layer: int, bank: str, model: str) -> str:
     ranked = sorted(choice.chosen, key=lambda e: -choice.scores[e])
     chosen = ", ".join(f"{e} ({choice.probs[e]:.3f})" for e in ranked)
     pair = choice.last_and_runner_up
     runner_up = f" Runner-up {pair[1]}, margin {choice.margin:.2g}." if pair else ""
+    whose = f"{bank.capitalize()} router" if bank else "Router"
     return (
-        f"Router of layer {layer}{f' of {model}' if model else ''} for {where}: chosen experts "
+        f"{whose} of layer {layer}{f' of {model}' if model else ''} for {where}: chosen experts "
         f"(probability) {chosen}.{runner_up} Added by the bias: {_experts(choice.added)}; "
         f"displaced: {_experts(choice.displaced)}."
     )

@@ -11,9 +11,9 @@ import numpy as np
 from matplotlib.colors import Colormap, Normalize, to_hex
 from numpy.typing import ArrayLike
 
-from ernie_lab.display import visible
 from ernie_lab.plots.style import AMOUNT, DEVIATION
-from ernie_lab.plots.tokens import coordinate, prompt_length
+from ernie_lab.plots.token_names import Tokens, names, pictures
+from ernie_lab.plots.tokens import coordinate, prompt_length, shown_text
 
 MAX_TOKENS = 5000
 _BORDER = '<span style="border-left:2px solid;margin:0 3px" title="generated"></span>'
@@ -36,7 +36,7 @@ class TokenHTML:
 
 def token_html(
     values: ArrayLike,
-    tokens: Sequence[str | bytes] | None = None,
+    tokens: Tokens | None = None,
     *,
     name: str,
     unit: str = "",
@@ -52,13 +52,14 @@ def token_html(
     below), without it white is the smallest value. A NaN has no colour and a dotted line. Every
     token is escaped and isolated, so that markup and right-to-left text stay inside it; `tokens`
     default to the array's coordinate `text`. `n_prompt` draws the border to generated tokens.
+    The tokens of a picture are one chip with their mean; `tokens=trace.tokens` gives its grid.
     """
     values_N = np.asarray(values, dtype=np.float64)
     n_prompt = prompt_length(values) if n_prompt is None else n_prompt
-    names = tokens if tokens is not None else coordinate(values, "text")
-    if values_N.ndim != 1 or names is None or len(names) != len(values_N):
+    words = names(values, tokens)
+    if values_N.ndim != 1 or words is None or len(words) != len(values_N):
         raise ValueError(
-            f"values of shape {values_N.shape} for {'no' if names is None else len(names)} tokens; "
+            f"values of shape {values_N.shape} for {'no' if words is None else len(words)} tokens; "
             "one value per token is needed"
         )
     if len(values_N) > MAX_TOKENS:
@@ -68,14 +69,19 @@ def token_html(
         )
     scale = _scale(values_N, center, limits)
     cmap = AMOUNT if center is None else DEVIATION
-    shown = [visible(token) for token in names]
-    spans = []
-    for i, (text, value) in enumerate(zip(shown, values_N.tolist(), strict=True)):
+    shown = [shown_text(token) for token in words]
+    positions = [int(p) for p in coordinate(values, "pos") or range(len(shown))]
+    chips = {start: (stop, chip) for start, stop, chip in pictures(values, tokens)}
+    spans, plain, i = [], [], 0
+    while i < len(shown):
         if n_prompt is not None and i == n_prompt:
             spans.append(_BORDER)
-        spans.append(_span(i, text, value, name, unit, scale, cmap))
+        stop, text = chips.get(i, (i + 1, shown[i]))
+        plain.append(f"[{text}]" if i in chips else text)
+        spans.append(_span(positions[i:stop], text, values_N[i:stop], name, unit, scale, cmap))
         if text.endswith("⏎"):
             spans.append("<br>")
+        i = stop
     body = (
         (f"<div><b>{html.escape(title)}</b></div>" if title else "")
         + '<div style="line-height:1.75;font-size:14px;max-width:62em;overflow-wrap:anywhere">'
@@ -84,7 +90,10 @@ def token_html(
         + _legend(name, unit, scale, cmap, bool(np.isnan(values_N).any()))
         + (f"<div><small>{html.escape(caption)}</small></div>" if caption else "")
     )
-    return TokenHTML(f"<div>{body}</div>", _text(shown, values_N, name, unit, title, caption))
+    read = "".join(plain)
+    return TokenHTML(
+        f"<div>{body}</div>", _text(read, shown, positions, values_N, name, unit, title, caption)
+    )
 
 
 def _scale(values: Any, center: float | None, limits: tuple[float, float] | None) -> Normalize:
@@ -102,9 +111,19 @@ def _scale(values: Any, center: float | None, limits: tuple[float, float] | None
 
 
 def _span(
-    i: int, text: str, value: float, name: str, unit: str, scale: Normalize, cmap: Colormap
-) -> str:
-    hover = f"{text} · position {i} · {name}: {_number(value)} {unit}".rstrip()
+    positions: Sequence[int], text: str, values: Any, name: str, unit: str, scale: Normalize,
+    cmap: Colormap,
+) -> str:  # fmt: skip
+    """A token, or a picture with the mean of its tokens."""
+    finite = values[np.isfinite(values)]
+    value = float(finite.mean()) if finite.size else float("nan")
+    known = f"{name}: {_number(value)} {unit}".rstrip()
+    if len(positions) == 1:
+        hover, edge = f"{text} · position {positions[0]} · {known}", ""
+    else:
+        ends = f", from {_number(finite.min())} to {_number(finite.max())}" if finite.size else ""
+        hover = f"{text} · positions {positions[0]} to {positions[-1]} · mean {known}{ends}"
+        edge = "border:1px solid #888;padding:0 5px;"
     if np.isfinite(value):
         red, green, blue, _ = cmap(float(scale(value)))
         # Relative luminance of WCAG 2 decides between dark and light letters.
@@ -116,7 +135,7 @@ def _span(
         look = "border-bottom:2px dotted"
     return (
         f'<bdi title="{html.escape(hover)}" style="display:inline-block;white-space:pre;'
-        f'line-height:1.45;padding:0 1px;margin:0 1px 1px 0;border-radius:2px;{look}">'
+        f'line-height:1.45;padding:0 1px;margin:0 1px 1px 0;border-radius:2px;{edge}{look}">'
         f"{html.escape(text)}</bdi>"
     )
 
@@ -137,8 +156,17 @@ def _number(value: float) -> str:
     return f"{value:.4g}" if np.isfinite(value) else "no value"
 
 
-def _text(shown: Sequence[str], values: Any, name: str, unit: str, title: str, caption: str) -> str:
+def _text(
+    read: str,
+    shown: Sequence[str],
+    positions: Sequence[int],
+    values: Any,
+    name: str,
+    unit: str,
+    title: str,
+    caption: str,
+) -> str:
     known = [i for i in np.argsort(-values, kind="stable").tolist() if np.isfinite(values[i])]
-    parts = [f"{shown[i]} ({i}) {_number(values[i])}" for i in known[:5]]
+    parts = [f"{shown[i]} ({positions[i]}) {_number(values[i])}" for i in known[:5]]
     highest = f"Highest {name}{f' ({unit})' if unit else ''}: {', '.join(parts) or 'no values'}"
-    return "\n".join(filter(None, (title, "".join(shown), highest, caption)))
+    return "\n".join(filter(None, (title, read, highest, caption)))

@@ -36,6 +36,17 @@ def shortened(text: str, width: int) -> str:
     return f"{text[:head]}…{text[len(text) - (width - 1 - head) :]}"
 
 
+class PlaceName(str):
+    """A name that we give to a token of a picture, such as `img0 r1 c2`; shown as it is."""
+
+    __slots__ = ()
+
+
+def shown_text(token: str | bytes) -> str:
+    """`visible`, but a name of ours keeps its spaces."""
+    return str(token) if isinstance(token, PlaceName) else visible(token)
+
+
 @dataclass(frozen=True, slots=True)
 class Labels:
     """Token texts that this machine's fonts can draw.
@@ -66,7 +77,7 @@ def labels(
 ) -> Labels:
     """Drawable labels of `tokens`, at most `width` characters each."""
     positions = range(len(tokens)) if positions is None else positions
-    shown = [visible(token) for token in tokens]
+    shown = [shown_text(token) for token in tokens]
     fonts, missing = _fonts(frozenset("".join(shown)))
     texts: list[str] = []
     boxed: dict[int, str] = {}

@@ -104,15 +104,18 @@ class View:
 
 
 class Sheet:
-    """The axes to draw on: our own figure's, or the caller's.
+    """The axes to draw on: our own figure's (`ax`, or `axes` in a grid), or the caller's.
 
     A context manager that applies our style while drawing. `finish` returns a View for our own
     figure; on the caller's Axes it sets the title and returns them, caption and size are theirs.
     """
 
-    def __init__(self, ax: Axes | None, width: float, height: float) -> None:
+    def __init__(
+        self, ax: Axes | None, width: float, height: float, grid: tuple[int, int] = (1, 1)
+    ) -> None:
         self._own = ax is None
         self._size = (width, height)
+        self._grid = grid
         self._given = ax
 
     def __enter__(self) -> Sheet:
@@ -120,9 +123,10 @@ class Sheet:
         self._style.__enter__()
         if self._given is None:
             self.figure = Figure(figsize=self._size, layout="constrained")
-            self.ax = self.figure.add_subplot()
+            self.axes: list[Axes] = list(self.figure.subplots(*self._grid, squeeze=False).flat)
         else:
-            self.ax = self._given
+            self.axes = [self._given]
+        self.ax = self.axes[0]
         return self
 
     def __exit__(self, *error: object) -> None:
