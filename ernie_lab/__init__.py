@@ -18,7 +18,17 @@ from ernie_lab.checkpoint import (
     NotEnoughMemory,
     save_model,
 )
-from ernie_lab.interventions import EditChangedNothingWarning, EditError, edit
+from ernie_lab.inputs import BatchError, ImageError, PromptError, VideoError
+from ernie_lab.interventions import (
+    EditChangedNothingWarning,
+    EditError,
+    at,
+    edit,
+    experts,
+    routing,
+    shared,
+)
+from ernie_lab.interventions import edits_of_any_site as edits
 from ernie_lab.lab import Lab
 from ernie_lab.loading import load
 from ernie_lab.results import Generation, Run
@@ -28,7 +38,7 @@ from ernie_lab.trace.keep import keep
 from ernie_lab.trace.trace import Trace
 
 if TYPE_CHECKING:
-    from ernie_lab import analysis, plots
+    from ernie_lab import analysis, plots, widgets
 
 __version__ = "0.1.0"
 
@@ -40,24 +50,34 @@ __all__ = [
     "Trace",
     "analysis",
     "plots",
+    "widgets",
     "keep",
     "edit",
+    "edits",
+    "at",
+    "shared",
+    "experts",
+    "routing",
     "Site",
     "all_sites",
     "save_model",
+    "BatchError",
     "CheckpointError",
     "ConfigError",
     "EditChangedNothingWarning",
     "EditError",
+    "ImageError",
     "ModelUnavailable",
     "NotEnoughMemory",
+    "PromptError",
     "SiteError",
     "TraceTooLarge",
+    "VideoError",
 ]
 
 
 def __getattr__(name: str) -> ModuleType:
-    """`plots` and `analysis` bring matplotlib and pandas, so they are imported at first use."""
-    if name in ("analysis", "plots"):
+    """They bring matplotlib, pandas and ipywidgets, so they are imported at first use."""
+    if name in ("analysis", "plots", "widgets"):
         return importlib.import_module(f"ernie_lab.{name}")
     raise AttributeError(f"module 'ernie_lab' has no attribute {name!r}")

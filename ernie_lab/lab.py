@@ -34,7 +34,7 @@ from ernie_lab.inputs import (
 from ernie_lab.inputs.visual_layout import PositionRule
 from ernie_lab.interventions.edits import Edit, EditTap, Hook
 from ernie_lab.model.kinds import Model
-from ernie_lab.preparing import Images, Videos, prepare
+from ernie_lab.preparing import Images, Videos, prepare, preprocessor_of
 from ernie_lab.results import Generation, Run
 from ernie_lab.session import (
     Call,
@@ -46,6 +46,7 @@ from ernie_lab.session import (
     sizes_of,
     trace_of,
     warn_if_long,
+    warn_if_silent,
 )
 from ernie_lab.sites import Tap, all_sites, idle
 from ernie_lab.trace.activation_cache import ActivationCache, CacheTap
@@ -143,7 +144,7 @@ class Lab:
     def _preprocessor(self) -> Preprocessor:
         if isinstance(self.config, TextConfig):
             raise ValueError(f"{self.model_id} reads text alone; it has no use for pictures")
-        return self.preprocessor or Preprocessor()
+        return preprocessor_of(self.preprocessor, self.config)
 
     def run(
         self,
@@ -182,15 +183,15 @@ class Lab:
             raise ValueError('labels would not be used: logits="last" computes no loss')
         edits = as_edits(edits)
         batch = self.prepare(prompt, chat, images=images, videos=videos)
-        warn_if_long(self, max(batch.lengths))
+        warn_if_long(self, int(batch.next_positions_B.max()))
         recorder = recorder_for(self, keep, batch, edits, grad=grad, max_bytes=max_bytes)
-        tap = EditTap.of(edits, all_sites(self.model), recorder or idle)
+        tap = EditTap.of(edits, all_sites(self.model), recorder or idle, self.model)
         if logits != "all" and tap.touches("logits"):
             raise ValueError(
                 f"logits={logits!r} does not compute all logits, but they are kept or edited; "
                 'use logits="all"'
             )
-        out = self._forward(batch, tap if edits else recorder or idle, labels, logits, grad)
+        out = self._forward(batch, tap if edits else tap.then, labels, logits, grad, tap.model)
         tap.warn_if_idle()
         moe = self.config.decoder.moe
         return Run(
@@ -346,9 +347,7 @@ class Lab:
             assert out.loss is not None
             through = [x for x in tap.values.values() if x.requires_grad]
             if not through:
-                raise ValueError(
-                    "incl_bwd: none of the cached sites has a gradient (integers only)"
-                )
+                raise ValueError("incl_bwd: no cached site has a gradient (integers? no pictures?)")
             out.loss.backward(inputs=through)
             values |= tap.gradients()
         cache = ActivationCache(values, sites)
@@ -369,13 +368,14 @@ class Lab:
         """Logits, with `fn(x, hook=site)` called at each named site, as in TransformerLens.
 
         A hook may return a tensor of the same shape, dtype and device, change `x` in place, or
-        return None. A name that matches no site raises. Nothing stays on the model.
+        return None. A name without a site raises, a hook that never fired (of pictures) warns.
         """
         if return_type not in ("logits", "loss", "both"):
             raise ValueError(f'return_type={return_type!r} must be "logits", "loss" or "both"')
         tap = EditTap.of([Hook(where, fn) for where, fn in fwd_hooks], all_sites(self.model))
         batch = self.prepare(prompt, chat, images=images, videos=videos)
         out = self._forward(batch, tap, None, "all", grad)
+        warn_if_silent(tap)
         both = {"logits": out.logits, "loss": out.loss, "both": (out.logits, out.loss)}
         return both[return_type]
 
@@ -386,10 +386,11 @@ class Lab:
         labels: Tensor | Sequence[Sequence[int]] | Sequence[int] | None,
         logits: LogitsWanted,
         grad: bool,
+        model: Model | None = None,
     ) -> Forward:
         vocab = self.config.decoder.vocab_size
         labels_BS = None if labels is None else aligned_labels(labels, batch, vocab)
-        return forward(self.model, batch, tap, labels=labels_BS, logits=logits, grad=grad)
+        return forward(model or self.model, batch, tap, labels=labels_BS, logits=logits, grad=grad)
 
     def __repr__(self) -> str:
         return as_lines(lab_facts(self))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import get_args
 
 import torch
 
@@ -14,6 +15,7 @@ from ernie_lab.checkpoint import (
     ModelUnavailable,
     Reader,
     TextConfig,
+    VLConfig,
     detect,
     fill,
     locate,
@@ -59,7 +61,8 @@ def load(
         progress: show a bar while reading.
 
     Raises:
-        ValueError: a source, device or dtype that cannot be; a damaged generation_config.json.
+        ValueError: a source, device, dtype or rule of positions that cannot be; a damaged
+            generation_config.json.
         BuiltinError: a built-in model whose files are not those that were shipped.
         ModelUnavailable: not found, gated, offline, no room on disk.
         ConfigError: a config that this package cannot honour exactly.
@@ -71,10 +74,15 @@ def load(
     given = _dtype(dtype)
     if given is None and dtype is not None:
         raise ValueError(f"dtype={dtype!r} must be one of {', '.join(DTYPES)}")
+    if positions not in get_args(PositionRule):
+        raise ValueError(f'positions={positions!r} must be "reference" or "transformers"')
     located = locate_source(source, revision)
     config = read_config_file(located.folder, ignore)
     if positions != "reference" and isinstance(config, TextConfig):
         raise ValueError(f"positions={positions!r} is about pictures; this model reads text alone")
+    preprocessor = None
+    if isinstance(config, VLConfig):
+        preprocessor = read_preprocessor(located.folder, config.vision.patch_size)
     defaults = read_defaults(located.folder, config.decoder.ids.eos)
     is_builtin = source in BUILTIN
     reader = Reader.open(located.folder)
@@ -97,7 +105,7 @@ def load(
         revision=located.revision,
         defaults=defaults,
         report=report,
-        preprocessor=None if isinstance(config, TextConfig) else read_preprocessor(located.folder),
+        preprocessor=preprocessor,
         positions=positions,
     )
 

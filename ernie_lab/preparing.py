@@ -26,7 +26,7 @@ from ernie_lab.inputs import (
     template_kind,
 )
 from ernie_lab.inputs.media import Kind
-from ernie_lab.inputs.visual_layout import PositionRule
+from ernie_lab.inputs.prompt import prompt_items
 from ernie_lab.inputs.visual_prompt import find_marks, spellings
 from ernie_lab.session import Opened
 
@@ -39,8 +39,6 @@ class Reads(Opened, Protocol):
 
     @property
     def preprocessor(self) -> Preprocessor | None: ...
-    @property
-    def positions(self) -> PositionRule: ...
 
 
 def prepare(
@@ -104,21 +102,34 @@ def _read_visual(
     images: Images | None,
     videos: Videos | None,
 ) -> Sequence[EncodedPrompt]:
-    if is_chat(prompt) or _becomes_chat(lab, config, prompt, (images, videos)):
+    if is_chat(prompt) or _becomes_chat(lab, config, prompt, images, videos):
         _lacks_template(lab, options)
-    reader = PictureReader(lab.preprocessor or Preprocessor())
+    reader = PictureReader(preprocessor_of(lab.preprocessor, config))
     return read_visual_prompt(
         prompt, lab.tokenizer, reader, config.ids, images=images, videos=videos, **options
     )
 
 
+def preprocessor_of(own: Preprocessor | None, config: VLConfig) -> Preprocessor:
+    """The lab's own; without one, the documented defaults for patches of the tower's size."""
+    return own or Preprocessor(patch_size=config.vision.patch_size)
+
+
 def _becomes_chat(
-    lab: Reads, config: VLConfig, prompt: Prompt, pictures: tuple[object, object]
+    lab: Reads, config: VLConfig, prompt: Prompt, images: object, videos: object
 ) -> bool:
-    """A string with pictures, but without a place for them, is read as a user's message."""
-    if not isinstance(prompt, str) or pictures == (None, None) or lab.tokenizer is None:
+    """Strings with pictures, but without a place for them, are read as users' messages."""
+    form, items = prompt_items(prompt)
+    if form != "text" or not (_any_given(images) or _any_given(videos)) or lab.tokenizer is None:
         return False
-    return not find_marks(prompt, spellings(lab.tokenizer, config.ids))
+    spelled = spellings(lab.tokenizer, config.ids)
+    return any(not find_marks(text, spelled) for _, text in items)
+
+
+def _any_given(pictures: object) -> bool:
+    if isinstance(pictures, list | tuple):
+        return any(_any_given(one) for one in pictures)
+    return pictures is not None
 
 
 @dataclass(frozen=True, slots=True)

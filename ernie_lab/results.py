@@ -77,8 +77,8 @@ class Generation:
 
     `texts` are the new texts without special tokens, cut before a stop string; `finish` says
     why each ended: `"stop"` (a stop id), `"stop string"`, or `"length"`. `thoughts` are the texts
-    cut into thinking and answer (empty without a tokenizer). `settings` are those
-    in force, defaults of the checkpoint included, and `defaults` says where these came from.
+    cut into thinking and answer. Without a tokenizer all of these texts are empty. `settings` are
+    those in force, defaults of the checkpoint included, and `defaults` says where these came from.
     """
 
     prompts: tuple[tuple[int, ...], ...]

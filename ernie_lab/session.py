@@ -21,8 +21,9 @@ from ernie_lab.inference.defaults import GenerationDefaults
 from ernie_lab.inference.generate import LogitsProcessor, Settings, decode
 from ernie_lab.inference.writer import Piece, Writer
 from ernie_lab.inputs import Batch, Tokenizer
-from ernie_lab.inputs.thinking import read_thinking, thinking_is_open
-from ernie_lab.interventions.edits import Edit, EditTap
+from ernie_lab.inputs.thinking import Thought, read_thinking, thinking_is_open
+from ernie_lab.inputs.visual_layout import PositionRule
+from ernie_lab.interventions.edits import Edit, EditChangedNothingWarning, EditTap
 from ernie_lab.model.kinds import Model
 from ernie_lab.model.router import Router
 from ernie_lab.model.text import TextModel
@@ -55,6 +56,8 @@ class Opened(Protocol):
     def device(self) -> torch.device: ...
     @property
     def dtype(self) -> torch.dtype: ...
+    @property
+    def positions(self) -> PositionRule: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,12 +141,14 @@ def trace_of(
     seed: int | None = None,
     **details: object,
 ) -> Trace:
+    if batch.visual is not None:
+        details["positions"] = lab.positions
     texts = lab.tokenizer and [lab.tokenizer.token_strings(sequence) for sequence in ids]
     return recorder.trace(
         ids,
         sites=all_sites(lab.model),
         texts=texts,
-        routers=_routers(lab),
+        routers=_routers(lab.config, tap.model),
         edited=tap.by_path.keys(),
         media=batch.visual.media if batch.visual else (),
         provenance=Provenance.now(
@@ -166,15 +171,21 @@ def config_hash(lab: Opened) -> str:
     return hashlib.sha256(fields.encode()).hexdigest()
 
 
-def _routers(lab: Opened) -> Routers | dict[str, Routers] | None:
-    """What the trace needs of the routers; by bank in a vision-language model."""
-    moe, model = lab.config.decoder.moe, lab.model
-    if moe is None:
+def _routers(config: ModelConfig, model: Model) -> Routers | dict[str, Routers] | None:
+    """What the trace needs of the routers of the model that ran; by bank in a vision-language
+    model."""
+    if config.decoder.moe is None:
         return None
-    n, k = moe.router.n_experts, moe.router.n_chosen
     if isinstance(model, TextModel):
-        return Routers(n, k, _biases(model.routers()))
-    return {bank: Routers(n, k, _biases(layers)) for bank, layers in model.routers().items()}
+        return _of_bank(model.routers())
+    return {bank: _of_bank(layers) for bank, layers in model.routers().items()}
+
+
+def _of_bank(routers: Mapping[int, Router]) -> Routers:
+    """An edit may have given some layers another k; the largest is told."""
+    configs = [router.config for router in routers.values()]
+    n_chosen = max(config.n_chosen for config in configs)
+    return Routers(configs[0].n_experts, n_chosen, _biases(routers))
 
 
 def _biases(routers: Mapping[int, Router]) -> dict[int, Tensor]:
@@ -216,7 +227,7 @@ def pieces(
     settings, edits = call.settings, call.edits
     if settings.stop_strings and lab.tokenizer is None:
         raise ValueError("stop strings need a tokenizer, and this checkpoint has none")
-    warn_if_long(lab, max(batch.lengths) + settings.max_new_tokens - 1)
+    warn_if_long(lab, int(batch.next_positions_B.max()) + settings.max_new_tokens - 1)
     recorder = recorder_for(
         lab,
         keep,
@@ -225,13 +236,13 @@ def pieces(
         max_new_tokens=settings.max_new_tokens,
         max_bytes=max_bytes,
     )
-    tap = EditTap.of(edits, all_sites(lab.model), recorder or idle)
+    tap = EditTap.of(edits, all_sites(lab.model), recorder or idle, lab.model)
     writers = [
         Writer(lab.tokenizer, settings.stop_strings, settings.min_new_tokens) for _ in batch.lengths
     ]
     ended: set[int] = set()
     for new in decode(
-        lab.model,
+        tap.model,
         batch,
         settings,
         tap=tap if edits else recorder or idle,
@@ -263,7 +274,7 @@ def pieces(
             for writer, opened in zip(writers, _opened(lab.tokenizer, prompts), strict=True)
         )
         if lab.tokenizer
-        else (),
+        else tuple(Thought(None, writer.text) for writer in writers),
         _trace=trace_of(lab, recorder, batch, ids, tap, settings.seeds[0], settings=repr(settings))
         if recorder
         else None,
@@ -279,6 +290,13 @@ def _reason(writer: Writer, settings: Settings) -> str:
     if writer.hit is not None:
         return "stop string"
     return "stop" if writer.tokens[-1] in settings.stop_ids else "length"
+
+
+def warn_if_silent(tap: EditTap) -> None:
+    """Say so when a hook was never called. One that changed nothing may have come to look."""
+    for count in tap.counts:
+        if count.n_fired == 0:
+            warnings.warn(f"{count.edit!r} was never called", EditChangedNothingWarning, 3)
 
 
 def warn_if_long(lab: Opened, n_positions: int) -> None:

@@ -141,13 +141,15 @@ def isolation_report(
         for bank, by_layer in model.routers().items()
     }
     probe = _Probe(_moe_sites(model), gates, tolerance)
-    tap = EditTap.of(edits, all_sites(model), then=probe)
+    tap = EditTap.of(edits, all_sites(model), then=probe, model=model)
+    runs = tap.model
+    assert isinstance(runs, VLModel)
     if isinstance(inputs, Batch):
-        prefill(model, inputs, tap.bind(prefill_step(inputs)))
+        prefill(runs, inputs, tap.bind(prefill_step(inputs)))
         return _report(probe.seen, inputs.input_ids, inputs.mask, model.config.ids, tolerance)
     real_BS = torch.ones_like(inputs) if attention_mask is None else attention_mask
     tap_here = tap.bind(_step(model, inputs, real_BS.bool(), pictures))
-    model(inputs, attention_mask, **pictures, logits_to_keep=1, tap=tap_here)
+    runs(inputs, attention_mask, **pictures, logits_to_keep=1, tap=tap_here)
     return _report(probe.seen, inputs, real_BS.bool(), model.config.ids, tolerance)
 
 

@@ -85,8 +85,10 @@ _INERT = (
 _SHARED = ("patch_size", "merge_size", "temporal_merge_size", "image_mean", "image_std", "rescale")
 
 
-def read_preprocessor(folder: Path) -> Preprocessor:
+def read_preprocessor(folder: Path, patch_size: int | None = None) -> Preprocessor:
     """What the files in `folder` say; the documented defaults where they say nothing.
+
+    `patch_size` is that of the vision tower, with which they must agree. Baidu's do not give it.
 
     Raises:
         ConfigError: damaged JSON, or a value that cannot be honoured, with the file's name.
@@ -106,17 +108,24 @@ def read_preprocessor(folder: Path) -> Preprocessor:
         section |= _section(mine, flat, together)
     _refuse_unknown(both, {*_FLAT_PICTURE, *_FLAT_CLIP}, together)
     try:
-        return _preprocessor(picture, clip, folder)
+        return _preprocessor(picture, clip, folder, patch_size)
     except (ConfigError, TypeError, ValueError) as problem:
         raise ConfigError(f"the preprocessor files in {folder}: {problem}") from problem
 
 
-def _preprocessor(picture: dict[str, Any], clip: dict[str, Any], folder: Path) -> Preprocessor:
+def _preprocessor(
+    picture: dict[str, Any], clip: dict[str, Any], folder: Path, patch_size: int | None
+) -> Preprocessor:
     for name in _SHARED:
         if name in picture and name in clip and picture[name] != clip[name]:
             raise ConfigError(f"{name} is {picture[name]} for pictures, {clip[name]} for clips.")
         if name in clip:
             picture[name] = clip.pop(name)
+    if patch_size is not None and picture.setdefault("patch_size", patch_size) != patch_size:
+        raise ConfigError(
+            f"patch_size={picture['patch_size']}, but the vision tower of config.json has patches "
+            f"of {patch_size} pixels. Take all files from one revision."
+        )
     for name in ("image_mean", "image_std"):
         if name in picture:
             values = picture[name]

@@ -77,8 +77,9 @@ def _download(
         raise error(f"{name}: {scheme}:// is not supported. Pass the path of a local file.")
     if not allowed:
         raise error(
-            f"{name}: nothing is downloaded unless you say so. Pass allow_url=True, or save the "
-            "file and pass its path."
+            f"{name}: nothing is downloaded unless you say so. Read it with allow_url=True, as in "
+            "lab.read_image(url, allow_url=True), and pass what that returns; or save the file and "
+            "pass its path."
         )
     # Not build_opener: its ftp, file and data handlers would follow a redirect off the web.
     opener = request.OpenerDirector()

@@ -79,7 +79,13 @@ def open_clip(content: Path | bytes, name: str) -> Clip:
     Raises:
         VideoError: PyAV is missing, or this is not a video it can decode.
     """
-    with _stream(content, name) as (_, stream):
+    with _stream(content, name) as (container, stream):
+        # FFmpeg plays a picture as a clip of one frame, at an invented rate.
+        if container.format.name.endswith("_pipe"):
+            raise VideoError(
+                f"{name} is a still picture, expected a clip. Pass it with images=, or the frames "
+                "of a clip as a list."
+            )
         declared = stream.frames
         rate = float(stream.average_rate or stream.guessed_rate or 0)
     if not rate:

@@ -107,9 +107,11 @@ def _from_list(
     video: VideoLike, fps: float | None, allow_url: bool, name: str
 ) -> tuple[Iterator[Image.Image], list[float]]:
     if not isinstance(video, list | tuple | np.ndarray | Tensor) or getattr(video, "ndim", 4) != 4:
+        # A list of frames, given where a list of clips is expected, arrives here frame by frame.
+        single = " One clip as a list of frames needs a list around it: videos=[frames]."
         raise VideoError(
-            f"{name} is a {type(video).__name__}, expected a path, URL, bytes, a list of frames, "
-            "or an array [t, h, w, 3]."
+            f"{name} is of type {type(video).__name__}, expected a path, URL, bytes, a list of "
+            f"frames, or an array [t, h, w, 3].{single if _is_picture(video) else ''}"
         )
     frames: list[ImageLike] = [*video]
     if not frames:
@@ -119,6 +121,10 @@ def _from_list(
         for index, frame in enumerate(frames)
     )
     return pictures, [index / fps for index in range(len(frames))] if fps else []
+
+
+def _is_picture(video: object) -> bool:
+    return isinstance(video, Image.Image | np.ndarray | Tensor)
 
 
 def _resized(

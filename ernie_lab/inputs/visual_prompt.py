@@ -287,7 +287,10 @@ def _for_each(name: str, given: Any, n: int, single: bool) -> list[list[Any]]:
     flat = list(given) if isinstance(given, list | tuple) else [given]
     if given is None or not flat:
         return [[] for _ in range(n)]
-    nested = len(flat) == n and all(isinstance(x, list | tuple) or x is None for x in flat)
+    # In a batch None is "none here"; for one sequence it is a picture that was not found.
+    nested = len(flat) == n and all(
+        isinstance(x, list | tuple) or (x is None and not single) for x in flat
+    )
     # An image is never a list, but a clip may be a list of frames.
     if nested and (not single or name == "images"):
         return [list(x or ()) for x in flat]

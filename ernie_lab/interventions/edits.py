@@ -1,6 +1,6 @@
-"""Edits: values that change what flows through a site, and the tap that applies them.
+"""The tap that applies edits, and counts what they did.
 
-An edit is a rule that picks sites and maps their tensor to another; it keeps no state. The
+An edit is a value that picks sites and maps their tensor to another; it keeps no state. The
 tap counts, per edit, how often it fired and how often it changed anything, because an edit
 that silently did nothing is the commonest wrong result in this field.
 """
@@ -8,88 +8,68 @@ that silently did nothing is the commonest wrong result in this field.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ernie_lab.inputs.visual_layout import BANKS
-from ernie_lab.sites import BindableTap, Idle, Site, Step, Tap, filtered, idle, select
+from ernie_lab.interventions.functions import Hook, edit
+from ernie_lab.interventions.here import EditError, Here, Past
+from ernie_lab.interventions.parts import differ, part_at, with_parts
+from ernie_lab.interventions.protocol import Edit, Exchange, Narrowed, Reads
+from ernie_lab.model.kinds import Model
+from ernie_lab.sites import BindableTap, Idle, Site, Step, Tap, idle
 
-
-class EditError(ValueError):
-    """An edit that cannot be applied: wrong shape, dtype or device, or an impossible target."""
+__all__ = [
+    "Edit",
+    "EditChangedNothingWarning",
+    "EditCount",
+    "EditError",
+    "EditTap",
+    "Hook",
+    "checked",
+    "edit",
+    "same",
+]
 
 
 class EditChangedNothingWarning(UserWarning):
     """Every application of an edit returned what it was given."""
 
 
-@runtime_checkable
-class Edit(Protocol):
-    """What `edits=` takes."""
-
-    def select(self, sites: Sequence[Site]) -> tuple[Site, ...]:
-        """The sites it applies to; raises `SiteError` when there are none."""
-        ...
-
-    def apply(self, site: Site, x: Tensor, step: Step | None) -> Tensor: ...
-
-
-@dataclass(frozen=True, slots=True)
-class Hook:
-    """Any function of a site's tensor, as an edit: `fn(x, hook=site) -> Tensor | None`.
-
-    TransformerLens' convention; None leaves the value as it is. An in-place change of `x` is
-    seen (the function gets a copy), so both styles work.
-    """
-
-    where: str | Site | Callable[[str], bool]
-    fn: Callable[..., Tensor | None]
-
-    def select(self, sites: Sequence[Site]) -> tuple[Site, ...]:
-        if isinstance(self.where, str | Site):
-            return select(self.where, sites)
-        return filtered(self.where, sites)
-
-    def apply(self, site: Site, x: Tensor, step: Step | None) -> Tensor:  # noqa: ARG002
-        mine = x.clone()
-        out = self.fn(mine, hook=site)
-        return mine if out is None else out
-
-
-def edit(where: str | Site | Iterable[str | Site], fn: Callable[[Tensor], Tensor]) -> Edit:
-    """`fn(x) -> Tensor` at every site matching `where` (path, glob, name without layer, Site)."""
-    if not callable(fn):
-        raise EditError(f"el.edit takes a function of the tensor, not {fn!r}")
-    return _Function(tuple([where] if isinstance(where, str | Site) else where), fn)
-
-
-@dataclass(frozen=True, slots=True, repr=False)
-class _Function:
-    where: tuple[str | Site, ...]
-    fn: Callable[[Tensor], Tensor]
-
-    def __repr__(self) -> str:
-        places = ", ".join(w.path if isinstance(w, Site) else w for w in self.where)
-        return f"edit({places!r}, {getattr(self.fn, '__name__', repr(self.fn))})"
-
-    def select(self, sites: Sequence[Site]) -> tuple[Site, ...]:
-        return select(self.where, sites)
-
-    def apply(self, site: Site, x: Tensor, step: Step | None) -> Tensor:  # noqa: ARG002
-        return self.fn(x.clone())
-
-
 @dataclass(slots=True)
 class EditCount:
-    """How often an edit was applied, and how often that changed at least one number."""
+    """How often an edit was applied, and how often that changed at least one number.
+
+    Counted are forwards times sites, and only changes on real tokens. `after` says which
+    earlier edits act on the same sites: they are applied in the given order, this one to
+    what those left (parts of the model are exchanged before any value is edited). `measured`
+    are figures that some edits report: their mean over the tokens of the run.
+    """
 
     edit: Edit
     n_fired: int = 0
     n_changed: int = 0
+    after: tuple[str, ...] = ()
+    told: dict[str, list[float]] = field(default_factory=dict, repr=False)
+
+    @property
+    def measured(self) -> dict[str, float]:
+        return {name: total / n for name, (total, n) in self.told.items() if n}
+
+
+@dataclass(slots=True, eq=False)
+class _Bound:
+    """An edit against one model: its count, and the parts it exchanges or computes beside."""
+
+    count: EditCount
+    parts: Mapping[str, nn.Module] = field(default_factory=dict)
+    before: Mapping[str, nn.Module] = field(default_factory=dict)
+    # Sites whose part in the running model is another than it was before this edit.
+    exchanged: frozenset[str] = frozenset()
 
 
 @dataclass(slots=True)
@@ -97,65 +77,100 @@ class EditTap:
     """Applies edits in the given order, then hands the value on: `EditTap(edits, then=recorder)`.
 
     Built per run by `EditTap.of`, which resolves the sites once and so fails before the model
-    runs. What `then` records is what really flowed.
+    runs. What `then` records is what really flowed. `model` is the one to run: the given one, or
+    one that shares all its tensors but the exchanged parts.
     """
 
-    by_path: dict[str, tuple[EditCount, ...]]
+    by_path: dict[str, tuple[_Bound, ...]]
     counts: tuple[EditCount, ...]
     then: Tap = field(default_factory=Idle)
+    model: Any = None
     step: Step | None = None
-    # The sites that say which bank each token takes, where an edit is in a bank; and what they
-    # said in this forward.
-    bank_paths: frozenset[str] = frozenset()
-    _banks: dict[str, Tensor] = field(default_factory=dict)
+    # Sites whose value is kept during a forward: which bank each token takes, where an edit is
+    # in a bank, and what edits read.
+    noted: frozenset[str] = frozenset()
+    _values: dict[str, Tensor] = field(default_factory=dict)
+    _kept: dict[int, dict[str, Tensor]] = field(default_factory=dict)
+    _past: Past = field(default_factory=Past)
 
     @classmethod
-    def of(cls, edits: Iterable[Edit], sites: Sequence[Site], then: Tap = idle) -> EditTap:
+    def of(
+        cls,
+        edits: Iterable[Edit],
+        sites: Sequence[Site],
+        then: Tap = idle,
+        model: Model | None = None,
+    ) -> EditTap:
+        """`model` is needed by edits that exchange parts; then run `tap.model`."""
         if isinstance(edits, Edit):
             edits = (edits,)
         counts: list[EditCount] = []
-        bank_paths = set()
-        by_path: dict[str, list[EditCount]] = {}
+        noted: set[str] = set()
+        by_path: dict[str, list[_Bound]] = {}
         for one in edits:
             if not isinstance(one, Edit):
                 raise EditError(
                     f"{one!r} is not an edit; wrap a function as el.edit(site, fn), or use one "
                     "of the ready-made edits"
                 )
-            count = EditCount(one)
+            chosen = one.select(sites)
+            count = EditCount(one, after=_collisions(chosen, by_path))
+            bound = _Bound(count)
+            if isinstance(one, Exchange | Narrowed):
+                bound, model = _with_parts_of(one, count, chosen, model)
             counts.append(count)
-            for site in one.select(sites):
-                by_path.setdefault(site.path, []).append(count)
-                if site.bank_path is not None:
-                    bank_paths.add(site.bank_path)
+            for site in chosen:
+                by_path.setdefault(site.path, []).append(bound)
+            noted |= {site.path for site in one.reads(sites)} if isinstance(one, Reads) else set()
+            noted |= {site.bank_path for site in chosen if site.bank_path is not None}
         return cls(
-            {path: tuple(c) for path, c in by_path.items()},
+            {path: tuple(bounds) for path, bounds in by_path.items()},
             tuple(counts),
             then,
-            bank_paths=frozenset(bank_paths),
+            model,
+            noted=frozenset(noted),
         )
 
     def bind(self, step: Step) -> Tap:
         then = self.then.bind(step) if isinstance(self.then, BindableTap) else self.then
-        return EditTap(self.by_path, self.counts, then, step, self.bank_paths)
+        self._past.extend(step)
+        return EditTap(
+            self.by_path, self.counts, then, self.model, step, self.noted, _past=self._past
+        )
 
     def wants(self, site: Site, /) -> bool:
-        return site.path in self.by_path or self.then.wants(site)
+        return site.path in self.by_path or site.path in self.noted or self.then.wants(site)
 
     def __call__(self, site: Site, x: Tensor, /) -> Tensor:
-        for count in self.by_path.get(site.path, ()):
-            edited = checked(site, x, count.edit.apply(site, x, self.step))
+        told_by = x  # of `embed`, which tells the tokens: before any edit
+        for bound in self.by_path.get(site.path, ()):
+            count = bound.count
+            edited = checked(site, x, count.edit.apply(site, x, self._here(bound)))
             count.n_fired += 1
-            if not same(edited, x):
+            differs = not same(edited, x)
+            if differs:
                 count.n_changed += self._changes_a_token(site, edited, x)
-                x = edited
-            elif torch.is_grad_enabled():
+            elif site.path in bound.exchanged:
+                count.n_changed += x.numel() > 0
+            if differs or torch.is_grad_enabled():
                 # Equal values may differ in their graph: a detached tensor, say.
                 x = edited
-        if site.path in self.bank_paths:
-            self._banks[site.path] = x
+        if site.path in self.noted:
+            self._values[site.path] = told_by if site.path == "embed" else x
         # `then` records only what it wants of the on-demand sites that an edit computed.
         return self.then(site, x) if not site.on_demand or self.then.wants(site) else x
+
+    def _here(self, bound: _Bound) -> Here:
+        return Here(
+            self.step,
+            self._past,
+            self._values,
+            self.model,
+            bound.parts,
+            bound.before,
+            kept=self._kept.setdefault(id(bound), {}),
+            told=bound.count.told,
+        )
 
     def _changes_a_token(self, site: Site, after: Tensor, before: Tensor) -> bool:
         """Is any difference on a real token? One on padding alone moves nothing."""
@@ -165,9 +180,9 @@ class EditTap:
         differs = ~((after == before) | ((after != after) & (before != before)))
         mask_BS = self.step.mask
         if site.bank is not None and site.bank_path is not None:
-            if site.bank_path not in self._banks:
+            if site.bank_path not in self._values:
                 return True
-            mine_N = self._banks[site.bank_path].flatten() == BANKS.index(site.bank)
+            mine_N = self._values[site.bank_path].flatten() == BANKS.index(site.bank)
             real_N = mask_BS.flatten()[mine_N]
             return bool((differs.flatten(1).any(-1) & real_N).any())
         if site.row == "i":
@@ -193,6 +208,61 @@ class EditTap:
                     EditChangedNothingWarning,
                     stacklevel=3,
                 )
+
+
+def _collisions(chosen: Sequence[Site], by_path: Mapping[str, Sequence[_Bound]]) -> tuple[str, ...]:
+    """The earlier edits at these sites, with how many sites they share."""
+    shared: dict[int, tuple[Edit, int]] = {}
+    for site in chosen:
+        for bound in by_path.get(site.path, ()):
+            _, n = shared.get(id(bound), (bound.count.edit, 0))
+            shared[id(bound)] = bound.count.edit, n + 1
+    return tuple(
+        f"{edit!r} ({n} site{'' if n == 1 else 's'} in common)" for edit, n in shared.values()
+    )
+
+
+def _with_parts_of(
+    edit: Any, count: EditCount, chosen: Sequence[Site], model: Model | None
+) -> tuple[_Bound, Model]:
+    """The edit with its parts, and the model that runs after it."""
+    if model is None:
+        raise EditError(
+            f"{edit!r} exchanges parts of the model; use lab.run or lab.generate, or give "
+            "EditTap.of(..., model=) and run tap.model"
+        )
+    in_place = isinstance(edit, Exchange)
+    parts = (edit if in_place else edit.exchange).parts(model)
+    before = {path: part_at(model, path) for path in parts}
+    for path, part in parts.items():
+        _require_place(edit, path, before[path], part)
+    if not in_place:
+        return _Bound(count, parts, before), model
+    # The part `blocks.3.moe.shared` shows at sites of its owner, `blocks.3.moe.shared_out`.
+    owners = tuple(
+        path.rpartition(".")[0] + "." for path in parts if differ(before[path], parts[path])
+    )
+    exchanged = {site.path for site in chosen if site.path.startswith(owners)}
+    return _Bound(count, parts, before, frozenset(exchanged)), with_parts(model, parts)
+
+
+def _require_place(edit: Edit, path: str, own: nn.Module, part: nn.Module) -> None:
+    """A donor's part must be on the same device, of the same dtype and width."""
+    mine, theirs = dict(own.named_parameters()), dict(part.named_parameters())
+    for name in mine.keys() & theirs.keys():
+        for what in ("device", "dtype"):
+            was, now = getattr(mine[name], what), getattr(theirs[name], what)
+            if was != now:
+                raise EditError(
+                    f"{edit!r}: the donor's {path}.{name} has {what} {now}, the model {was}; load "
+                    "both alike"
+                )
+        axis = 0 if name.startswith("down.") else -1
+        if mine[name].ndim == 2 and mine[name].shape[axis] != theirs[name].shape[axis]:
+            raise EditError(
+                f"{edit!r}: the donor's {path}.{name} has shape {tuple(theirs[name].shape)}, "
+                f"which does not fit {tuple(mine[name].shape)}: other widths"
+            )
 
 
 def _present(step: Step, maps_IHPU: Tensor) -> Tensor:

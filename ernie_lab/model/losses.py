@@ -60,7 +60,12 @@ def pooled_switch_loss(
         return x if mask_N is None else x[mask_N]
 
     probs_NE = torch.cat([real(p) for p in probs_by_layer])
-    ids_NK = torch.cat([real(i) for i in ids_by_layer])
+    ids = [real(i) for i in ids_by_layer]
+    if len({ids_NK.shape[-1] for ids_NK in ids}) > 1:  # an edit gave some layers another k
+        ids_J = torch.cat([ids_NK.flatten() for ids_NK in ids])
+        load_E = expert_load(ids_J.unsqueeze(-1), probs_NE.shape[-1]).to(probs_NE)
+        return len(ids_J) / len(probs_NE) * probs_NE.shape[-1] * (load_E * probs_NE.mean(0)).sum()
+    ids_NK = torch.cat(ids)
     return ids_NK.shape[-1] * switch_loss(probs_NE, ids_NK)
 
 

@@ -282,7 +282,7 @@ class VisionTower(nn.Module):
         """`grids` are the images and clips whose patches stand one behind the other.
 
         Raises:
-            ValueError: another number of patches than the grids have.
+            ValueError: another number of patches than the grids have, or of pixels in each.
         """
         frames = Frames.of(grids)
         if len(patches_PQ) != frames.n_patches:
@@ -290,6 +290,13 @@ class VisionTower(nn.Module):
                 f"{len(patches_PQ)} patches for grids {[tuple(grid) for grid in grids]} (frames, "
                 f"rows, columns), which have {frames.n_patches}; pass the grids that the image "
                 "processor returned with these pixels"
+            )
+        n_pixels = self.patch_embed.in_features
+        if patches_PQ.shape[1:] != (n_pixels,):
+            raise ValueError(
+                f"patches of shape {list(patches_PQ.shape)}, expected [p, {n_pixels}], "
+                f"{self.config.in_channels} channels of {self.config.patch_size} x "
+                f"{self.config.patch_size} pixels; were these pictures prepared for another model?"
             )
         positions_P2 = patch_positions(grids).to(patches_PQ.device)
         head_dim = self.config.width // self.config.n_heads

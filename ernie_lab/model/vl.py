@@ -241,15 +241,21 @@ class VLModel(nn.Module):
     ) -> tuple[Tensor, ...]:
         """The embeddings `[m d]` of each image, as they replace its placeholders."""
         images = _pictures("pixel_values", pixel_values, "image_grid_thw", image_grid_thw)
-        assert images is not None
-        features_MD = self.features(images.patches_PQ, images.grids)
-        return torch.split(features_MD, [grid.n_tokens for grid in images.grids])
+        return self._features_of_each(images)
 
     def get_video_features(
         self, pixel_values_videos: Tensor, video_grid_thw: Tensor
     ) -> tuple[Tensor, ...]:
         """The embeddings `[m d]` of each clip: pairs of frames, rows, columns."""
-        return self.get_image_features(pixel_values_videos, video_grid_thw)
+        videos = _pictures(
+            "pixel_values_videos", pixel_values_videos, "video_grid_thw", video_grid_thw
+        )
+        return self._features_of_each(videos)
+
+    def _features_of_each(self, pictures: Pictures | None) -> tuple[Tensor, ...]:
+        assert pictures is not None
+        features_MD = self.features(pictures.patches_PQ, pictures.grids)
+        return torch.split(features_MD, [grid.n_tokens for grid in pictures.grids])
 
     def routers(self) -> dict[str, dict[int, Router]]:
         """By bank, the router of every mixture layer, by layer number."""

@@ -27,6 +27,7 @@ class ActivationCache(Mapping[str, Tensor]):
     def __init__(self, values: Mapping[str, Tensor], sites: Sequence[Site]) -> None:
         self._values = dict(values)
         self._sites = tuple(sites)
+        self._of_pictures = frozenset(site.path for site in sites if site.of_pictures)
 
     def __getitem__(self, key: Key) -> Tensor:
         if isinstance(key, str) and key in self._values:
@@ -34,6 +35,8 @@ class ActivationCache(Mapping[str, Tensor]):
         path = self._path(key)
         if path not in self._values:
             hint = " and pass incl_bwd=True" if path.endswith(_GRAD) else ""
+            if path.removesuffix(_GRAD) in self._of_pictures:
+                hint += ", or pass pictures: it fires with them alone"
             raise SiteError(f"{path} exists but was not cached; widen names_filter{hint}")
         return self._values[path]
 
@@ -56,7 +59,8 @@ class ActivationCache(Mapping[str, Tensor]):
         return len(self._values)
 
     def __repr__(self) -> str:
-        return f"ActivationCache({len(self)} values: {', '.join(list(self)[:4])}, …)"
+        some = ", ".join(list(self)[:4]) + (", …" if len(self) > 4 else "")
+        return f"ActivationCache({len(self)} values{': ' * bool(some)}{some})"
 
     def remove_batch_dim(self) -> ActivationCache:
         """The same without the batch axis, which must have length 1.

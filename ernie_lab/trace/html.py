@@ -17,10 +17,12 @@ _MOST_PICTURES = 4
 
 
 def as_text(trace: Trace) -> str:
+    rows = _site_rows(trace)
+    width = max([24, *(len(name) for name, _, _ in rows)])
     lines = [
         f"Trace of {trace.provenance.line()}",
         f"  {_counts(trace)}",
-        *(f"  {name:<24} {layers}  {size}" for name, layers, size in _site_rows(trace)),
+        *(f"  {name:<{width}} {layers}  {size}" for name, layers, size in rows),
         f"  kept: {trace.keep}; t.tokens, t[site], t.to_frame(), t.sel(...), t.save(folder)",
     ]
     lines[2:2] = [f"  {note}" for note in _notes(trace)]
@@ -70,7 +72,13 @@ def _notes(trace: Trace) -> list[str]:
     if len(trace.banks) > 1:
         taken = [trace.context.bank[i] for i in trace.rows_N.tolist()]
         counts = ", ".join(f"{bank} {taken.count(bank)}" for bank in trace.banks)
-        notes.append(f"tokens by bank of experts: {counts}; t.routing(bank)")
+        moved = any(path.endswith(".moe.bank") for path in trace.edited)
+        which = (
+            "expected bank (an edit of moe.bank may have moved some)"
+            if moved
+            else "bank of experts"
+        )
+        notes.append(f"tokens by {which}: {counts}; t.routing(bank)")
     if "decode" in trace.context.phase:
         notes.append(
             "the last sampled token was never read by the model: it has no routing and no row"

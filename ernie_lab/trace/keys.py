@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Sequence
 from typing import TypeAlias
 
@@ -143,7 +144,9 @@ def require_kept(site: Site, kept: Collection[str]) -> str:
     if site.path in kept:
         return site.path
     some = ", ".join(list(kept)[:3]) + (", …" if len(kept) > 3 else "")
+    every = re.sub(r"^vision\.blocks\.\d+\.", "vision.blocks.*.", site.quantity)
+    alike = "" if every == site.path else f" (or {every!r} for every layer)"
     raise NotKept(
         f"{site.path} exists but was not kept; this trace has {len(kept)} sites: {some}. "
-        f"Run again with keep={site.path!r} in the list (or {site.quantity!r} for every layer)."
+        f"Run again with keep={site.path!r} in the list{alike}."
     )

@@ -32,6 +32,7 @@ COMPOSERS = (
     "lab",
     "loading",
     "preparing",
+    "experiments",
     "organisms",
     "cli",
     "demo",

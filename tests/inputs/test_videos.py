@@ -204,6 +204,16 @@ def test_a_container_that_does_not_count(tmp_path: Path) -> None:
     assert numbers(prepare_video(path, SMALL, fps=30, rule="transformers").frames) == [*range(20)]
 
 
+@pytest.mark.parametrize("ending", ["png", "jpg", "webp"])
+def test_a_still_picture_is_no_clip(tmp_path: Path, ending: str) -> None:
+    """FFmpeg would play it, at 25 frames a second that nobody stated."""
+    path = tmp_path / f"x.{ending}"
+    Image.new("RGB", (32, 32)).save(path)
+    for content in (path, path.read_bytes()):
+        with pytest.raises(VideoError, match="is a still picture, expected a clip"):
+            prepare_video(content, SMALL)
+
+
 def test_a_gif_is_a_clip(tmp_path: Path) -> None:
     frames = [Image.fromarray(frame) for frame in numbered(4)]
     frames[0].save(tmp_path / "x.gif", save_all=True, append_images=frames[1:], duration=100)
@@ -247,7 +257,7 @@ def test_what_is_not_a_clip(clip: Path, tmp_path: Path) -> None:
         container.mux([*stream.encode(frame), *stream.encode()])
     with pytest.raises(VideoError, match="has no video in it"):
         prepare_video(sound, SMALL)
-    with pytest.raises(VideoError, match="is a Image, expected a path"):
+    with pytest.raises(VideoError, match=r"is of type Image, expected a path.* videos=\[frames\]"):
         prepare_video(Image.new("RGB", (30, 30)), SMALL)
     with pytest.raises(VideoError, match="has no frames"):
         prepare_video([], SMALL)

@@ -1,0 +1,263 @@
+"""Edits of any site: zero, mean, resample, patch, scale, add. Public as `el.edits`.
+
+All take a site as `keep` does (path, glob, name without layer, Site), `layers=` and `heads=`, and
+what `el.at` takes: `phase=`, `steps=`, `positions=`, `where=`, `sequence=`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import ClassVar, TypeAlias, Unpack
+
+import torch
+from torch import Tensor
+
+from ernie_lab.interventions.draws import key_sites, token_keys, uniforms
+from ernie_lab.interventions.here import EditError, Here
+from ernie_lab.interventions.protocol import Edit
+from ernie_lab.interventions.saying import as_call
+from ernie_lab.interventions.targets import Layers, Target, require_floats
+from ernie_lab.interventions.values import (
+    Values,
+    kept_paths,
+    recorded_means,
+    recorded_rows,
+    require_in,
+)
+from ernie_lab.interventions.where import Tokens, narrowed_to
+from ernie_lab.sites import Site
+from ernie_lab.trace.trace import Trace
+
+What: TypeAlias = "str | Site | Iterable[str | Site]"
+
+
+@dataclass(frozen=True, slots=True, repr=False)
+class Scale:
+    """`by` times the value; 0 is zero ablation."""
+
+    kind: ClassVar[str] = "scale"
+    target: Target
+    by: float
+
+    def __repr__(self) -> str:
+        return f"zero({self.target!r})" if self.by == 0 else f"scale({self.target!r}, by={self.by})"
+
+    def select(self, sites: Sequence[Site]) -> tuple[Site, ...]:
+        return self.target.select(sites)
+
+    def apply(self, site: Site, x: Tensor, here: Here, /) -> Tensor:  # noqa: ARG002
+        require_floats(site, x, "scaling")
+        # Not 0 * x, which is NaN where x is not finite.
+        return self.target.put(site, x, torch.zeros_like(x) if self.by == 0 else x * self.by)
+
+
+@dataclass(frozen=True, slots=True, repr=False)
+class Mean:
+    """A constant for each site: its mean over the tokens of a reference trace."""
+
+    kind: ClassVar[str] = "mean"
+    target: Target
+    values: Values
+    __repr__ = as_call
+
+    def select(self, sites: Sequence[Site]) -> tuple[Site, ...]:
+        return _with_values(self.target, self.values, sites)
+
+    def apply(self, site: Site, x: Tensor, here: Here, /) -> Tensor:  # noqa: ARG002
+        require_floats(site, x, "a mean")
+        mean = self.values.like(site.path, x)
+        return self.target.put(site, x, mean.expand_as(x))
+
+
+@dataclass(frozen=True, slots=True, repr=False)
+class Resample:
+    """For each token, the value at a token of a reference trace, drawn at random."""
+
+    kind: ClassVar[str] = "resample"
+    target: Target
+    values: Values
+    seed: int = 0
+    __repr__ = as_call
+
+    def select(self, sites: Sequence[Site]) -> tuple[Site, ...]:
+        return _with_values(self.target, self.values, sites)
+
+    def reads(self, sites: Sequence[Site]) -> tuple[Site, ...]:
+        return key_sites(sites)
+
+    def apply(self, site: Site, x: Tensor, here: Here, /) -> Tensor:
+        require_floats(site, x, "resampling")
+        drawn_N = uniforms(token_keys(here, site, x, self.seed), 1)[:, 0]
+        pool = self.values[site.path]
+        rows = pool[(drawn_N * len(pool)).long().to(pool.device)].to(x)
+        return self.target.put(site, x, rows.view_as(x))
+
+
+@dataclass(frozen=True, slots=True, repr=False)
+class Patch:
+    """Each token's value from the same (sequence, position) of a reference trace."""
+
+    kind: ClassVar[str] = "patch"
+    target: Target
+    values: Values
+    missing: str = "error"
+    __repr__ = as_call
+
+    def select(self, sites: Sequence[Site]) -> tuple[Site, ...]:
+        return _with_values(self.target, self.values, sites)
+
+    def apply(self, site: Site, x: Tensor, here: Here, /) -> Tensor:
+        return self.target.put(site, x, looked_up(self.values, site, x, here, self.missing))
+
+
+@dataclass(frozen=True, slots=True, repr=False)
+class Add:
+    """`by` times a direction is added: steering."""
+
+    kind: ClassVar[str] = "add"
+    target: Target
+    direction: Values
+    by: float = 1.0
+    __repr__ = as_call
+
+    def select(self, sites: Sequence[Site]) -> tuple[Site, ...]:
+        return self.target.select(sites)
+
+    def apply(self, site: Site, x: Tensor, here: Here, /) -> Tensor:  # noqa: ARG002
+        require_floats(site, x, "adding a direction")
+        direction = self.direction.like("direction", x)
+        if direction.shape != x.shape[x.ndim - direction.ndim :]:
+            raise EditError(
+                f"the direction has shape {tuple(direction.shape)}, expected the last axes of "
+                f"{site.path}: {tuple(x.shape)} ({site.dims})"
+            )
+        return self.target.put(site, x, x + self.by * direction)
+
+
+def looked_up(values: Values, site: Site, x: Tensor, here: Here, missing: str) -> Tensor:
+    """`x` with each real token's row replaced by the recorded one."""
+    sequence_N, pos_N = here.coordinates(site, x)
+    found_N = values.find(site.path, sequence_N, pos_N)
+    lacking_N = here.real(site, x) & (found_N < 0)
+    if missing == "error" and bool(lacking_N.any()):
+        first = int(lacking_N.nonzero()[0])
+        raise EditError(
+            f"{values!r} has no {site.path} of sequence {int(sequence_N[first])}, position "
+            f"{int(pos_N[first])} ({int(lacking_N.sum())} such tokens in this forward): other "
+            'prompts, or the token was in the other bank. missing="keep" leaves such tokens alone'
+        )
+    rows = values[site.path]
+    flat = x.reshape(len(found_N), *x.shape[2 if site.row == "b" else 1 :]).clone()
+    if rows.shape[1:] != flat.shape[1:]:
+        raise EditError(
+            f"{values!r} has rows of shape {tuple(rows.shape[1:])} for {site.path}, expected "
+            f"{tuple(flat.shape[1:])}"
+        )
+    known_N = found_N >= 0
+    # Picked where they lie, so that only what is needed travels to another device.
+    flat[known_N] = rows[found_N[known_N].to(rows.device)].to(flat)
+    return flat.view_as(x)
+
+
+def _with_values(target: Target, values: Values, sites: Sequence[Site]) -> tuple[Site, ...]:
+    found = target.select(sites)
+    if target.layers is None:
+        found = tuple(site for site in found if site.path in values) or found
+    require_in(values, found)
+    return found
+
+
+def _kept(trace: Trace, target: Target) -> list[str]:
+    patterns = target.what
+    kept = kept_paths(trace, patterns, every=False)
+    if target.layers is None:
+        return kept
+    chosen = [site.path for site in target.select(trace.known_sites)]
+    if missing := [path for path in chosen if path not in kept]:
+        raise EditError(f"the trace has no {missing[0]}; record it: keep={missing[0]!r}")
+    return chosen
+
+
+def zero(
+    site: What, *, layers: Layers = None, heads: Layers = None, **tokens: Unpack[Tokens]
+) -> Edit:
+    """Zero ablation."""
+    return narrowed_to(Scale(Target.of(site, layers, heads), 0.0), tokens)
+
+
+def scale(
+    site: What, by: float, *, layers: Layers = None, heads: Layers = None, **tokens: Unpack[Tokens]
+) -> Edit:
+    """`by` times the value."""
+    return narrowed_to(Scale(Target.of(site, layers, heads), float(by)), tokens)
+
+
+def mean(
+    site: What,
+    trace: Trace,
+    *,
+    layers: Layers = None,
+    heads: Layers = None,
+    **tokens: Unpack[Tokens],
+) -> Edit:
+    """Mean ablation: the mean over all tokens of `trace` (slice it with `trace.sel` for others).
+
+    Without `layers`, in every layer of which the trace kept the site.
+    """
+    target = Target.of(site, layers, heads)
+    values = recorded_means(trace, _kept(trace, target), f"means of {len(trace)} tokens")
+    return narrowed_to(Mean(target, values), tokens)
+
+
+def resample(
+    site: What,
+    trace: Trace,
+    *,
+    seed: int = 0,
+    layers: Layers = None,
+    heads: Layers = None,
+    **tokens: Unpack[Tokens],
+) -> Edit:
+    """Resample ablation: each token gets the value at a random token of `trace`.
+
+    The draw depends on seed, site, position and token, so it is the same in any batch and in
+    generation.
+    """
+    target = Target.of(site, layers, heads)
+    values = recorded_rows(trace, _kept(trace, target), f"rows of {len(trace)} tokens")
+    return narrowed_to(Resample(target, values, seed), tokens)
+
+
+def patch(
+    site: What,
+    trace: Trace,
+    *,
+    missing: str = "error",
+    layers: Layers = None,
+    heads: Layers = None,
+    **tokens: Unpack[Tokens],
+) -> Edit:
+    """Activation patching: each token's value at the same sequence and position of `trace`.
+
+    A token that the trace has not is an error, or under `missing="keep"` left alone.
+    """
+    if missing not in ("error", "keep"):
+        raise EditError(f'missing={missing!r} must be "error" or "keep"')
+    target = Target.of(site, layers, heads)
+    values = recorded_rows(trace, _kept(trace, target), f"rows of {len(trace)} tokens")
+    return narrowed_to(Patch(target, values, missing), tokens)
+
+
+def add(
+    site: What,
+    direction: Tensor,
+    by: float = 1.0,
+    *,
+    layers: Layers = None,
+    heads: Layers = None,
+    **tokens: Unpack[Tokens],
+) -> Edit:
+    """Steering: `by` times `direction` (the last axis, or the last axes, of the site) is added."""
+    held = Values({"direction": direction.detach().clone().cpu()}, "a direction")
+    return narrowed_to(Add(Target.of(site, layers, heads), held, float(by)), tokens)
