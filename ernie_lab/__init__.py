@@ -18,6 +18,7 @@ from ernie_lab.checkpoint import (
     NotEnoughMemory,
     save_model,
 )
+from ernie_lab.experiments import Effects, compare, effects
 from ernie_lab.inputs import BatchError, ImageError, PromptError, VideoError
 from ernie_lab.interventions import (
     EditChangedNothingWarning,
@@ -29,6 +30,7 @@ from ernie_lab.interventions import (
     shared,
 )
 from ernie_lab.interventions import edits_of_any_site as edits
+from ernie_lab.interventions.comparison import Comparison
 from ernie_lab.lab import Lab
 from ernie_lab.loading import load
 from ernie_lab.results import Generation, Run
@@ -58,6 +60,10 @@ __all__ = [
     "shared",
     "experts",
     "routing",
+    "compare",
+    "Comparison",
+    "effects",
+    "Effects",
     "Site",
     "all_sites",
     "save_model",

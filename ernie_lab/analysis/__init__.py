@@ -1,5 +1,6 @@
 """Pure functions of a trace, or of plain arrays, to labelled numbers."""
 
+from ernie_lab.analysis.attribution import Attribution
 from ernie_lab.analysis.balance import (
     Dead,
     Reference,
@@ -13,6 +14,13 @@ from ernie_lab.analysis.balance import (
     max_violation,
     multinomial_reference,
 )
+from ernie_lab.analysis.decomposition import Decomposition, decompose, decomposition_sites
+from ernie_lab.analysis.direct import direct_logit_attribution, neuron_attribution
+from ernie_lab.analysis.gradients import (
+    GradientAttribution,
+    activation_gradient,
+    gradient_attribution,
+)
 from ernie_lab.analysis.isolation import (
     IsolationReport,
     expected_bank,
@@ -20,22 +28,40 @@ from ernie_lab.analysis.isolation import (
     router_cosines,
     shared_to_routed,
 )
+from ernie_lab.analysis.lens import Lens, expert_lens, expert_lens_sites, lens_logits, logit_lens
+from ernie_lab.analysis.router_attribution import router_attribution, router_attribution_sites
 
 __all__ = [
+    "Attribution",
     "Dead",
+    "Decomposition",
+    "GradientAttribution",
     "IsolationReport",
+    "Lens",
     "Reference",
+    "activation_gradient",
     "balance_table",
     "counts",
     "cv",
     "dead",
+    "decompose",
+    "decomposition_sites",
+    "direct_logit_attribution",
     "entropy",
     "expected_bank",
+    "expert_lens",
+    "expert_lens_sites",
     "gini",
+    "gradient_attribution",
     "isolation_report",
+    "lens_logits",
     "load",
+    "logit_lens",
     "max_violation",
     "multinomial_reference",
+    "neuron_attribution",
+    "router_attribution",
+    "router_attribution_sites",
     "router_cosines",
     "shared_to_routed",
 ]
