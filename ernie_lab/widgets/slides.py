@@ -24,14 +24,14 @@ class Slides:
             raise ValueError(f"nothing to explore: {name} has no values")
         self._draw = draw
         self._drawn: dict[Hashable, tuple[View, bytes]] = {}
-        # Pictures go into one Image: an Output would be cleared first, and flicker.
+        # Pictures go into one HTML, whose <img> has its alternative text; an Output would flicker.
         self.slider = ipywidgets.SelectionSlider(
             options=[(str(value), value) for value in self.values],
             description=name,
             continuous_update=False,
             style={"description_width": "initial"},
         )
-        self.picture = ipywidgets.Image(format="png", layout={"max_width": "100%"})
+        self.picture = ipywidgets.HTML()
         self.slider.add_class("ernie-slider")
         self.picture.add_class("ernie-picture")
         self.box = ipywidgets.VBox([self.slider, self.picture])
@@ -56,7 +56,7 @@ class Slides:
         return self._drawn[value]
 
     def _show(self) -> None:
-        self.picture.value, self.picture.tooltip = self.png, self.view.alt
+        self.picture.value = self.view.img(self.png)
 
     def _repr_mimebundle_(self, **selection: Any) -> Any:
         still = {
