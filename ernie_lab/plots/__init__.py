@@ -3,6 +3,7 @@
 from ernie_lab.display import visible
 from ernie_lab.plots.ablation_bars import plot_ablation_bars
 from ernie_lab.plots.attention import plot_attention, plot_attention_heads
+from ernie_lab.plots.attribution_bars import plot_attribution
 from ernie_lab.plots.banks import plot_banks
 from ernie_lab.plots.expert_load import plot_expert_load
 from ernie_lab.plots.expert_map import plot_expert_map
@@ -14,6 +15,7 @@ from ernie_lab.plots.image_values import plot_image_value
 from ernie_lab.plots.modality_attention import plot_modality_attention
 from ernie_lab.plots.report import Section, report
 from ernie_lab.plots.router_token import plot_router_token
+from ernie_lab.plots.swap_effects import plot_swap_effects
 from ernie_lab.plots.token_text import TokenHTML, token_html
 from ernie_lab.plots.view import View
 
@@ -24,6 +26,7 @@ __all__ = [
     "plot_ablation_bars",
     "plot_attention",
     "plot_attention_heads",
+    "plot_attribution",
     "plot_banks",
     "plot_clip_experts",
     "plot_expert_load",
@@ -35,6 +38,7 @@ __all__ = [
     "plot_image_value",
     "plot_modality_attention",
     "plot_router_token",
+    "plot_swap_effects",
     "report",
     "token_html",
     "visible",

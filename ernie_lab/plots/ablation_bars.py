@@ -98,6 +98,11 @@ def _check(table: pd.DataFrame) -> None:
         raise ValueError(
             f"the table has no column {' and '.join(absent)}; it has {list(table.columns)}"
         )
+    if "control" in table and table["control"].dtype == bool:
+        raise ValueError(
+            "column 'control' says which conditions are controls, as in Comparison.conditions, "
+            "and here it is a number for each bar. Take it out: table.drop(columns='control')"
+        )
     if not 0 < len(table) <= MAX_BARS:
         raise ValueError(
             f"{len(table)} conditions, 1 to {MAX_BARS} can be drawn: pass table.head({MAX_BARS})"
@@ -141,9 +146,7 @@ def _room_for_numbers(ax: Axes, table: pd.DataFrame) -> None:
     every = np.append(np.concatenate(ends), 0.0)
     low, high = float(np.nanmin(every)), float(np.nanmax(every))
     span = (high - low) or 1.0
-    ax.set_xlim(
-        low - (0.16 if low < 0 else 0.02) * span, high + (0.16 if high > 0 else 0.02) * span
-    )
+    ax.set_xlim(low - (0.2 if low < 0 else 0.02) * span, high + (0.16 if high > 0 else 0.02) * span)
 
 
 def _legend(ax: Axes, name: str, control_name: str, noise: float | None) -> None:

@@ -179,6 +179,8 @@ def test_bars_beside_their_control_and_the_noise():
         plots.plot_ablation_bars(table[["condition"]], name="x")
     with pytest.raises(ValueError, match="both low and high"):
         plots.plot_ablation_bars(table.drop(columns="high"), name="x")
+    with pytest.raises(ValueError, match="says which conditions are controls"):
+        plots.plot_ablation_bars(table.assign(control=True), name="x")
 
 
 def test_a_report_of_pictures_has_both_banks(recorded, tmp_path):
