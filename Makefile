@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 CONSTRAINTS ?= -c constraints.txt
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: demo test quick lint format lab notebooks tiny-text clean
+.PHONY: demo test quick lint format lab notebooks tiny-text tiny-vl clean
 
 $(VENV)/.ok: pyproject.toml constraints.txt
 	$(PY) -m venv $(VENV)
@@ -42,6 +42,18 @@ tiny-text: $(VENV)/.ok
 	$(BIN)/python -m ernie_lab.organisms.train out/tiny-text
 	$(BIN)/python -m ernie_lab.organisms.export out/tiny-text
 	$(BIN)/python -m ernie_lab.organisms.check out/tiny-text/model
+
+# Train the glyph-board models again: three seeds and the idle twin, two at a time on two cores.
+BOARDS := $(BIN)/python -m ernie_lab.organisms.boards
+tiny-vl: $(VENV)/.ok
+	$(BOARDS).eye out/tiny-vl/eye.pt
+	$(BOARDS).train out/tiny-vl/seed0 --eye out/tiny-vl/eye.pt --seed 0 & \
+	$(BOARDS).train out/tiny-vl/seed1 --eye out/tiny-vl/eye.pt --seed 1 & wait
+	$(BOARDS).train out/tiny-vl/seed2 --eye out/tiny-vl/eye.pt --seed 2 & \
+	$(BOARDS).train out/tiny-vl/idle --eye out/tiny-vl/eye.pt --seed 0 --dense-hidden 512 --last-stage too & wait
+	for run in seed0 seed1 seed2 idle; do $(BOARDS).export out/tiny-vl/$$run || exit 1; done
+	for run in seed0 seed1 seed2 idle; do $(BOARDS).check out/tiny-vl/$$run/model || failed=1; done; \
+	test -z "$$failed"
 
 clean:
 	rm -rf $(VENV) out build dist .pytest_cache .mypy_cache .ruff_cache

@@ -44,7 +44,7 @@ class Keep:
 
     def __call__(self, site: Site, x: Tensor, /) -> Tensor:
         if site.path in self.paths:
-            self.kept.setdefault(site.path, []).append(x.flatten(0, 1))
+            self.kept.setdefault(site.path, []).append(x.flatten(0, -2))
         return x
 
     def all(self, path: str) -> Tensor:
@@ -53,21 +53,25 @@ class Keep:
 
 @dataclass(slots=True)
 class SilenceExpert:
-    """One expert of one layer contributes nothing; the weights of the others stay as they were."""
+    """One expert of one layer contributes nothing; the weights of the others stay as they were.
+
+    `bank` is `"text."` or `"vision."` in a model with two banks.
+    """
 
     layer: int
     expert: int
-    ids_BSK: Tensor | None = None
+    bank: str = ""
+    ids_NK: Tensor | None = None
 
     def wants(self, site: Site, /) -> bool:  # noqa: ARG002
         return False
 
     def __call__(self, site: Site, x: Tensor, /) -> Tensor:
-        if site.path == f"blocks.{self.layer}.moe.expert_ids":
-            self.ids_BSK = x
-        if site.path == f"blocks.{self.layer}.moe.expert_weights":
-            assert self.ids_BSK is not None, "ids come before weights"
-            return x.masked_fill(self.ids_BSK == self.expert, 0.0)
+        if site.path == f"blocks.{self.layer}.moe.{self.bank}expert_ids":
+            self.ids_NK = x
+        if site.path == f"blocks.{self.layer}.moe.{self.bank}expert_weights":
+            assert self.ids_NK is not None, "ids come before weights"
+            return x.masked_fill(self.ids_NK == self.expert, 0.0)
         return x
 
 

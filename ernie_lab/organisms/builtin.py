@@ -31,6 +31,14 @@ BUILTIN: Mapping[str, Builtin] = MappingProxyType(
             folder="tiny_text",
             sha256="d6f7036e15b12eeffa0039eac5971d9a6f28d3e7f72051bead9ac8ed4113f125",
         ),
+        "tiny-vl": Builtin(
+            folder="tiny_vl",
+            sha256="84b2a5c06c9f201cd9201dde4d5b39f614ca25782c3007833fbdafca748f57fd",
+        ),
+        "tiny-vl-idle": Builtin(
+            folder="tiny_vl_idle",
+            sha256="b2be12b2ed7b3fe10ba7fb5c71b9034ca311ae660bcfd4eb65945cf79548443a",
+        ),
     }
 )
 

@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 
 from ernie_lab.loading import load
+from ernie_lab.model.text import TextModel
 from ernie_lab.organisms.bench import Bench, set_up
 from ernie_lab.organisms.builtin import BUILTIN, HERE, WEIGHTS
 from ernie_lab.organisms.card import card
@@ -25,6 +26,8 @@ from ernie_lab.organisms.train import CORPUS, prepare
 def open_bench(folder: Path, corpus: Path = CORPUS) -> Bench:
     """Opened by path, not by name: these figures decide whether its SHA-256 is worth entering."""
     model = load(folder, device="cpu", dtype="float32", progress=False).model
+    if not isinstance(model, TextModel):
+        raise ValueError(f"{folder} holds no text model; see organisms.boards.check")
     tokens = prepare(corpus, folder / "tokenizer.json")
     return set_up(model, tokens["train"], tokens["held_out"])
 

@@ -12,12 +12,16 @@ import json
 import re
 import shutil
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch import nn
 
+from ernie_lab.checkpoint.config import ModelConfig
 from ernie_lab.checkpoint.names import stays_float32
-from ernie_lab.checkpoint.save import save_model
+from ernie_lab.checkpoint.save import LayoutName, save_model
 from ernie_lab.model.text import TextModel
 from ernie_lab.organisms import builtin
 from ernie_lab.organisms.recipe import TINY_TEXT
@@ -42,28 +46,36 @@ GENERATION_CONFIG = {
 }
 
 
-def export(model: TextModel, tokenizer: Path, folder: Path) -> str:
-    """Replace config, weights and tokenizer files in `folder`; returns the weights' SHA-256."""
+def export(
+    model: nn.Module,
+    config: ModelConfig,
+    tokenizer: Path,
+    small_files: Mapping[str, Mapping[str, Any]],
+    folder: Path,
+    layout: LayoutName = "released",
+) -> str:
+    """Replace config, weights and tokenizer files in `folder`; returns the weights' SHA-256.
+
+    The model's own weights are rounded in place. `small_files` are JSON, by file name.
+    """
     for name, parameter in model.named_parameters():
         if not stays_float32(name):
             parameter.data = parameter.data.bfloat16()
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as aside:
-        for path in save_model(model, TINY_TEXT, Path(aside) / "model").iterdir():
+        saved = save_model(model, config, Path(aside) / "model", layout=layout)
+        for path in saved.iterdir():
             shutil.copyfile(path, folder / path.name)
     shutil.copyfile(tokenizer, folder / "tokenizer.json")
-    for name, content in (
-        ("tokenizer_config.json", TOKENIZER_CONFIG),
-        ("generation_config.json", GENERATION_CONFIG),
-    ):
+    for name, content in small_files.items():
         (folder / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     return hashlib.sha256((folder / builtin.WEIGHTS).read_bytes()).hexdigest()
 
 
-def enter_digest(digest: str) -> None:
-    """Put the shipped weights' SHA-256 into the table that is checked at load."""
+def enter_digest(name: str, digest: str) -> None:
+    """Put a shipped model's SHA-256 into the table that is checked at load."""
     table = Path(builtin.__file__)
-    known = builtin.BUILTIN["tiny-text"].sha256
+    known = builtin.BUILTIN[name].sha256
     text = table.read_text(encoding="utf-8")
     table.write_text(re.sub(known, digest, text), encoding="utf-8")
 
@@ -80,9 +92,13 @@ def main() -> None:
     folder = args.folder or args.run / "model"
     if args.ship:
         folder = builtin.HERE / builtin.BUILTIN["tiny-text"].folder
-    digest = export(model, args.run / "tokenizer.json", folder)
+    small: dict[str, dict[str, Any]] = {
+        "tokenizer_config.json": TOKENIZER_CONFIG,
+        "generation_config.json": GENERATION_CONFIG,
+    }
+    digest = export(model, TINY_TEXT, args.run / "tokenizer.json", small, folder)
     if args.ship:
-        enter_digest(digest)
+        enter_digest("tiny-text", digest)
     print(f"{folder}: SHA-256 of the weights {digest}")
 
 

@@ -7,6 +7,7 @@ import math
 import torch
 
 from ernie_lab.model.text import TextModel
+from ernie_lab.model.vl import VLModel
 
 # Routers start small, undecided, so that the balancing rule has time to act. Embeddings start about
 # as large as what the first layer adds to them, or the token itself would drown in its context.
@@ -14,7 +15,7 @@ ROUTER_STD, EMBEDDING_STD = 0.02, 0.1
 
 
 @torch.no_grad()
-def initialise(model: TextModel, seed: int, std: float) -> None:
+def initialise(model: TextModel | VLModel, seed: int, std: float) -> None:
     """Normal weights; what writes to the residual stream is divided by sqrt(2 x layers)."""
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in model.named_parameters():
@@ -23,7 +24,9 @@ def initialise(model: TextModel, seed: int, std: float) -> None:
         elif "bias" in name:
             parameter.zero_()
         else:
-            parameter.normal_(0.0, deviation(name, model.config.n_layers, std), generator=generator)
+            parameter.normal_(
+                0.0, deviation(name, model.config.decoder.n_layers, std), generator=generator
+            )
 
 
 def deviation(name: str, n_layers: int, std: float) -> float:

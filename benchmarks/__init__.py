@@ -1,0 +1,1 @@
+"""Measurements that take minutes and are read, not asserted: `python -m benchmarks.<name>`."""
