@@ -221,7 +221,7 @@ Reported beside them, without a gate:
 ORDER = """\
 What resists is a move between the two pairs of frames, which no token sees by itself: of 217 order
 questions, all 146 about a move within a pair are right, and 33 of 71 about one between the pairs.
-325 more steps with half of the rows on clips did not help."""
+Neither 325 more steps with half of the rows on clips nor 500 more of the same rows helped."""
 
 
 def seeds(gates: Sequence[Gate], others: Mapping[str, Sequence[Gate]]) -> str:
@@ -268,6 +268,7 @@ off this expert costs those facts so many points.
 Must not be said: that released ERNIE models store facts this way: the task was built so that they
 must, the first layer was made too narrow to, the eye was frozen before the facts were drawn, and
 throw-away heads told the stream what to know. Nor that information between experts and facts is
-function: the twin has it, too. Ablations of whole banks also disturb what later layers expect:
-`name`, which needs no fact, pays as well, so read no cost without it. The size of a layer's output
+function: the twin has it, too. Switching a whole bank off also disturbs what later layers expect:
+captions need no fact and pay for the vision experts, names need none and pay for the text experts,
+so read no cost without these beside it. The size of a layer's output
 is no measure of its importance. Every chart of it should carry its name and its baseline."""
