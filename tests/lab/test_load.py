@@ -93,7 +93,7 @@ def test_a_name_like_none_is_answered_with_all_and_the_hub(
     monkeypatch.chdir(tmp_path)
     with pytest.raises(
         el.ModelUnavailable,
-        match=r"no built-in model 'qwerty'; there are: tiny-text, tiny-vl, tiny-vl-idle. As a .*hub cannot be reached",
+        match=r"no built-in model 'qwerty'; there are: tiny-text, .*\. As a .*hub cannot be reached",
     ):
         el.load("qwerty")
 
@@ -117,7 +117,7 @@ def test_a_path_is_a_folder_even_under_a_built_in_name(
 @pytest.mark.parametrize("source", ["", "  "])
 def test_no_source(source: str) -> None:
     with pytest.raises(
-        ValueError, match=r"is empty; give a built-in model \(tiny-text, tiny-vl, tiny-vl-idle\), a folder"
+        ValueError, match=r"is empty; give a built-in model \(tiny-text, .*\), a folder"
     ):
         el.load(source)
 
