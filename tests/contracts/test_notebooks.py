@@ -46,7 +46,11 @@ def test_cells_are_short_and_lead_from_one_to_the_next(path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.name)
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::ResourceWarning")
-def test_runs_from_top_to_bottom(path: Path, tmp_path: Path) -> None:
+def test_runs_from_top_to_bottom(
+    path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Two threads on small products are slower than one as soon as anything else runs.
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
     target = executed(Path(shutil.copy(path, tmp_path)), tmp_path / "out.ipynb")
     outputs = [output for cell in code_cells(target) for output in cell.outputs]
     assert not [o for o in outputs if o.output_type == "error"]
