@@ -24,7 +24,7 @@ from ernie_lab.experiments.conditions import (
 from ernie_lab.experiments.measuring import Metric, routed_layers
 from ernie_lab.experiments.noise import Variant, sampled, variants
 from ernie_lab.experiments.parts import Parts
-from ernie_lab.experiments.passages import Passages, Rows
+from ernie_lab.experiments.passages import Continuations, Passages, Rows
 from ernie_lab.experiments.work import Work
 from ernie_lab.inputs import Prompt
 from ernie_lab.inputs.visual_layout import BANKS
@@ -64,6 +64,7 @@ def compare(
     metrics: Metrics = (),
     labels: Rows | None = None,
     loss_mask: Rows | None = None,
+    continuations: Continuations | None = None,
     answers: Sequence[Any] | None = None,
     documents: Sequence[Hashable] | None = None,
     images: Images | None = None,
@@ -101,9 +102,15 @@ def compare(
         metrics: one's own, `fn(base, edited, batch)` of two `Run`s; one value for each position
             `[b s]` or each sequence `[b]`. By name, or functions, which lend theirs.
         labels, loss_mask: one list for each prompt, one entry for each token: what to predict
-            there (-100: nothing), and whether it counts.
+            in the place of that token, from those before it (-100: nothing), and whether it
+            counts. So a label stands where the token that it replaces stands, one place after
+            the position that predicts it, and the first one is never used.
+        continuations: what follows each prompt (its pictures and chat template included) and
+            alone counts: one for all prompts or one for each, text or ids. Text is encoded as it
+            is, so a space before it makes another token; `tokens` of a generation are what the
+            model itself would write. Not together with labels, loss_mask or answers.
         answers: (right, wrong), one pair for all prompts or one for each: ids, or texts of
-            one token.
+            one token. Their logits are compared after the last token of the prompt.
         documents: the document of each prompt. Windows of one document stay together in the
             bootstrap; without it every prompt is a document.
         images, videos, chat: as in `lab.run`.
@@ -126,6 +133,7 @@ def compare(
         chat=chat,
         labels=labels,
         loss_mask=loss_mask,
+        continuations=continuations,
         answers=answers,
         documents=documents,
     )

@@ -18,7 +18,7 @@ from ernie_lab.display import ranges
 from ernie_lab.experiments.comparing import Settings, compared, warn_if_idle
 from ernie_lab.experiments.conditions import BatchRun, Named, check_sites
 from ernie_lab.experiments.measuring import Array, routed_layers
-from ernie_lab.experiments.passages import Passages, Rows
+from ernie_lab.experiments.passages import Continuations, Passages, Rows
 from ernie_lab.inputs import Prompt
 from ernie_lab.interventions import Edit, routing
 from ernie_lab.interventions.bootstrap import draws_of, estimate
@@ -95,6 +95,7 @@ def effects(
     ids_only: bool = False,
     labels: Rows | None = None,
     loss_mask: Rows | None = None,
+    continuations: Continuations | None = None,
     answers: Sequence[Any] | None = None,
     documents: Sequence[Hashable] | None = None,
     images: Images | None = None,
@@ -144,6 +145,7 @@ def effects(
         chat=chat,
         labels=labels,
         loss_mask=loss_mask,
+        continuations=continuations,
         answers=answers,
         documents=documents,
     )

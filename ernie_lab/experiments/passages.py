@@ -21,6 +21,8 @@ from ernie_lab.session import real_ids, warn_if_long
 
 Answer: TypeAlias = "int | str"
 Rows: TypeAlias = "Tensor | Sequence[Any]"
+# A text or ids for all prompts, or one of these for each.
+Continuations: TypeAlias = "str | Sequence[int] | Sequence[str | Sequence[int]]"
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -58,10 +60,14 @@ class Passages:
         chat: Mapping[str, Any] | None = None,
         labels: Rows | None = None,
         loss_mask: Rows | None = None,
+        continuations: Continuations | None = None,
         answers: Sequence[Any] | None = None,
         documents: Sequence[Hashable] | None = None,
     ) -> Passages:
         batch = lab.prepare(prompts, chat, images=images, videos=videos)
+        if continuations is not None:
+            _refuse_beside(labels=labels, loss_mask=loss_mask, answers=answers)
+            batch, loss_mask = _continued(lab, batch, continuations)
         warn_if_long(lab, max(batch.lengths))
         ids = real_ids(batch)
         given = ids if labels is None else _rows(labels, ids, "labels")
@@ -147,6 +153,50 @@ class Passages:
     def starts(self) -> list[int]:
         """The first row of each sequence among all tokens."""
         return [0, *np.cumsum([len(passage.ids) for passage in self.all])[:-1].tolist()]
+
+
+def _refuse_beside(**given: Any) -> None:
+    if there := [name for name, value in given.items() if value is not None]:
+        raise ValueError(
+            f"continuations= with {there[0]}=: the tokens of a continuation are what counts, and "
+            "they come after the prompt, where answers are compared. Leave one of the two out"
+        )
+
+
+def _continued(lab: Lab, batch: Batch, given: Continuations) -> tuple[Batch, list[list[bool]]]:
+    """Every prompt with its continuation behind it, and which tokens are of continuations."""
+    prompts, media = real_ids(batch), _media(batch)
+    # Encoded by themselves, so that no token of a prompt is another one than without them.
+    ends = [_ids_of(lab, one) for one in _one_each(given, len(prompts))]
+    pictures: dict[str, Any] = {}
+    if any(media):
+        pictures = {
+            f"{kind}s": [[medium for medium in mine if medium.kind == kind] for mine in media]
+            for kind in ("image", "video")
+        }
+    whole = lab.prepare([a + b for a, b in zip(prompts, ends, strict=True)], **pictures)
+    counts = [[False] * len(a) + [True] * len(b) for a, b in zip(prompts, ends, strict=True)]
+    return whole, counts
+
+
+def _one_each(given: Continuations, n: int) -> list[str | Sequence[int]]:
+    if isinstance(given, str) or (len(given) and isinstance(given[0], int)):
+        return [given] * n  # type: ignore[list-item]
+    if len(given) != n:
+        raise ValueError(f"{len(given)} continuations for {n} prompts; give one for each")
+    return list(given)  # type: ignore[arg-type]
+
+
+def _ids_of(lab: Lab, continuation: str | Sequence[int]) -> list[int]:
+    if isinstance(continuation, str):
+        if lab.tokenizer is None:
+            raise ValueError(f"continuation {continuation!r} needs a tokenizer; give token ids")
+        ids = lab.tokenizer.encode(continuation)
+    else:
+        ids = [int(i) for i in continuation]
+    if not ids:
+        raise ValueError(f"continuation {continuation!r} has no token, so nothing would count")
+    return ids
 
 
 def _media(batch: Batch) -> list[tuple[Media, ...]]:
