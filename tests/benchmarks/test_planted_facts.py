@@ -5,7 +5,10 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from benchmarks.planted_facts import EXPERTS, METRICS, Sizes, auroc, benchmark, precision, spearman
+from benchmarks.planted.methods import Sizes
+from benchmarks.planted.scoring import METRICS, auroc, precision, spearman
+from benchmarks.planted.taps import EXPERTS
+from benchmarks.planted_facts import benchmark
 
 TRUTH = np.array([[5.0, 0.0, 3.0, 1.0]])
 
