@@ -1,5 +1,6 @@
 """Pure functions of a trace, or of plain arrays, to labelled numbers."""
 
+from ernie_lab.analysis.attention_mass import AttentionMass, attention_mass
 from ernie_lab.analysis.attribution import Attribution
 from ernie_lab.analysis.balance import (
     Dead,
@@ -26,12 +27,13 @@ from ernie_lab.analysis.isolation import (
     expected_bank,
     isolation_report,
     router_cosines,
-    shared_to_routed,
 )
 from ernie_lab.analysis.lens import Lens, expert_lens, expert_lens_sites, lens_logits, logit_lens
 from ernie_lab.analysis.router_attribution import router_attribution, router_attribution_sites
+from ernie_lab.analysis.shared_ratio import shared_to_routed
 
 __all__ = [
+    "AttentionMass",
     "Attribution",
     "Dead",
     "Decomposition",
@@ -40,6 +42,7 @@ __all__ = [
     "Lens",
     "Reference",
     "activation_gradient",
+    "attention_mass",
     "balance_table",
     "counts",
     "cv",

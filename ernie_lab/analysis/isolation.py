@@ -22,7 +22,7 @@ import numpy as np
 import pandas as pd
 import torch
 from jaxtyping import Int
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn.functional import linear
 
@@ -318,36 +318,3 @@ def router_cosines(text_ED: Tensor, vision_ED: Tensor) -> NDArray[np.float64]:
     unit = [torch.nn.functional.normalize(w.double(), dim=-1) for w in (text_ED, vision_ED)]
     cosines: NDArray[np.float64] = (unit[0] @ unit[1].T).detach().cpu().numpy()
     return cosines
-
-
-def shared_to_routed(
-    shared_ND: ArrayLike, routed_ND: ArrayLike, content: Sequence[str]
-) -> pd.DataFrame:
-    """||shared_out|| / ||routed_out|| of each token, summarised by what the tokens are.
-
-    `content` has one label for each row: text, delimiter, image, video. The two may point
-    apart, so that a ratio of 1 does not mean that each gives half of the layer's output. A
-    token whose routed output is zero has no ratio and is counted in `undefined`.
-    """
-    shared_N, routed_N = (
-        np.linalg.norm(np.asarray(x, dtype=np.float64), axis=-1) for x in (shared_ND, routed_ND)
-    )
-    if not shared_N.shape == routed_N.shape == (len(content),):
-        raise ValueError(
-            f"{len(content)} labels for {shared_N.shape} shared and {routed_N.shape} routed "
-            "outputs; give one row and one label for each token"
-        )
-    defined_N = routed_N > 0
-    ratio_N = np.divide(shared_N, routed_N, where=defined_N, out=np.full_like(shared_N, np.nan))
-    frame = pd.DataFrame({"content": list(content), "ratio": ratio_N, "undefined": ~defined_N})
-    grouped = frame.groupby("content", sort=False)
-    ratios = grouped["ratio"]
-    return pd.DataFrame(
-        {
-            "n_tokens": grouped.size(),
-            "median": ratios.median(),
-            "p05": ratios.quantile(0.05),
-            "p95": ratios.quantile(0.95),
-            "undefined": grouped["undefined"].sum(),
-        }
-    )

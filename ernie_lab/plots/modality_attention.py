@@ -3,23 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, TypeAlias
+from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
-from numpy.typing import NDArray
 
+from ernie_lab.analysis.attention_mass import attention_mass, kept_layers
 from ernie_lab.plots.pictures import Floats, TraceLike, model_name
 from ernie_lab.plots.style import AMOUNT, INK, MUTED, PALE, RULE
-from ernie_lab.plots.tokens import coordinate
 from ernie_lab.plots.view import Sheet, View
-
-Groups: TypeAlias = Mapping[str, NDArray[np.bool_]]
 
 MAX_LAYERS = 64
 _COLOURS = AMOUNT.with_extremes(bad=PALE)
-FIRST = "first token"
-_WHOLE = ("text before", "picture", "delimiters", "text after", "generated")
 
 
 def plot_modality_attention(
@@ -40,20 +35,17 @@ def plot_modality_attention(
     since attention rests on it for want of anything better, and no query. The mean is over
     queries and heads (`heads` takes some of them).
     """
-    numbers = _layers(trace, layers)
+    known: Any = trace
+    numbers = kept_layers(known) if layers is None else [int(layer) for layer in layers]
     if not 0 < len(numbers) <= MAX_LAYERS:
         raise ValueError(f"{len(numbers)} layers, 1 to {MAX_LAYERS} can be drawn: pass layers=[…]")
-    table = trace.tokens
-    sequence = _sequence(table, sequence)
-    rows, even = [], {}
-    for number in numbers:
-        pattern = trace.pattern(number, sequence)
-        queries, keys = groups(pattern, table, sequence)
-        rows.append(masses(_mean(pattern, heads), queries, keys))
-        even = evenly(pattern, queries, keys)
-    names, columns = list(queries), list(keys)
-    cells = {name: np.stack([row[name] for row in rows]) for name in names}
-    n_heads = len(pattern) if heads is None else len(heads)
+    one = _sequence(trace.tokens, sequence)
+    found = attention_mass(known, layers=numbers, sequences=[one], heads=heads)
+    names, columns = list(found.sources), list(found.targets)
+    mean, flat, counts = found.mass[0].mean("head"), found.even[0], found.n_queries[0]
+    cells = {name: mean.sel(source=name).values for name in names}
+    even = {name: flat.sel(source=name).values for name in names}
+    n_heads = found.mass.sizes["head"]
     row_height = float(np.clip(6.0 / (len(numbers) + 1), 0.2, 0.34))
     width = max(0.35 * len(columns) + 0.25, 1.7)
     with Sheet(
@@ -63,7 +55,7 @@ def plot_modality_attention(
             shares = np.where(even[name] > 0, np.vstack([cells[name], even[name]]), np.nan)
             _panel(ax, shares, numbers, columns, first=i == 0)
             ax.set_title(
-                f"from {name} ({int(queries[name].sum())})", fontsize=8.5, fontweight="normal",
+                f"from {name} ({int(counts.sel(source=name))})", fontsize=8.5, fontweight="normal",
                 pad=4,
             )  # fmt: skip
         drawn = sheet.axes[0].images[0]
@@ -88,70 +80,6 @@ def plot_modality_attention(
         )
         assert isinstance(view, View)
         return view
-
-
-def groups(pattern: Any, table: Any, sequence: int) -> tuple[Groups, Groups]:
-    """Which queries and which keys of a pattern are in each group; empty groups are left out."""
-    mine = table[table["sequence"] == sequence]
-    kind = dict(zip(mine["pos"], mine["content"], strict=True))
-    phase = dict(zip(mine["pos"], mine["phase"], strict=True))
-    of_pictures = [pos for pos, content in kind.items() if content in ("image", "video")]
-    if not of_pictures:
-        raise ValueError(f"sequence {sequence} has no picture in this trace: nothing to compare")
-
-    def group(pos: int) -> str:
-        if pos not in kind:
-            raise ValueError(f"position {pos} is not in trace.tokens: take the whole sequence")
-        if kind[pos] == "delimiter":
-            return "delimiters"
-        if kind[pos] != "text":
-            return "picture"
-        if phase[pos] == "decode":
-            return "generated"
-        return "text before" if pos < min(of_pictures) else "text after"
-
-    found = []
-    for axis in ("query", "key"):
-        positions = [int(p) for p in coordinate(pattern, f"{axis}_pos") or []]
-        first = min(int(p) for p in coordinate(pattern, "key_pos") or [0])
-        names = [FIRST if pos == first else group(pos) for pos in positions]
-        order = _WHOLE if axis == "query" else (FIRST, *_WHOLE)
-        masks = {name: np.array([one == name for one in names]) for name in order}
-        found.append({name: mask for name, mask in masks.items() if mask.any()})
-    return found[0], found[1]
-
-
-def masses(map_ST: Floats, queries: Groups, keys: Groups) -> dict[str, Floats]:
-    """For each group of queries the mean share that each group of keys gets."""
-    return {
-        name: np.array([map_ST[mask][:, there].sum(1).mean() for there in keys.values()])
-        for name, mask in queries.items()
-    }
-
-
-def evenly(pattern: Any, queries: Groups, keys: Groups) -> dict[str, Floats]:
-    """The same if every query looked evenly at the tokens up to itself."""
-    query_S = np.array(coordinate(pattern, "query_pos"), dtype=int)
-    key_T = np.array(coordinate(pattern, "key_pos"), dtype=int)
-    visible_ST = (key_T[None, :] <= query_S[:, None]).astype(np.float64)
-    return masses(visible_ST / visible_ST.sum(1, keepdims=True), queries, keys)
-
-
-def _mean(pattern: Any, heads: Sequence[int] | None) -> Floats:
-    values_HST = np.asarray(pattern.values, dtype=np.float64)
-    if heads is None:
-        return np.asarray(values_HST.mean(0))
-    known = [int(h) for h in coordinate(pattern, "head") or range(len(values_HST))]
-    if absent := [h for h in heads if h not in known]:
-        raise ValueError(f"heads {absent}: heads {known} were kept")
-    return np.asarray(values_HST[[known.index(h) for h in heads]].mean(0))
-
-
-def _layers(trace: Any, layers: Sequence[int] | None) -> list[int]:
-    """Those whose patterns were kept."""
-    if layers is not None:
-        return [int(layer) for layer in layers]
-    return [layer for layer in trace.layers if ("pattern", layer, "attn") in trace]
 
 
 def _sequence(table: Any, sequence: int | None) -> int:

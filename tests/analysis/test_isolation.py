@@ -10,12 +10,7 @@ from support.models import small_vl_config, small_vl_model
 from support.vl_inputs import Inputs, image, video
 from torch import Tensor
 
-from ernie_lab.analysis.isolation import (
-    expected_bank,
-    isolation_report,
-    router_cosines,
-    shared_to_routed,
-)
+from ernie_lab.analysis.isolation import expected_bank, isolation_report, router_cosines
 from ernie_lab.inputs.batch import pad_batch
 from ernie_lab.inputs.media import Grid, Media
 from ernie_lab.interventions import edit
@@ -190,14 +185,3 @@ def test_router_cosines() -> None:
     vision = torch.tensor([[3.0, 3.0], [-1.0, 0.0]])
     half = math.sqrt(0.5)
     np.testing.assert_allclose(router_cosines(text, vision), [[half, -1], [half, 0]], atol=1e-7)
-
-
-def test_shared_to_routed() -> None:
-    shared = [[3.0, 4.0], [0.0, 1.0], [6.0, 8.0], [1.0, 1.0]]
-    routed = [[0.0, 5.0], [2.0, 0.0], [0.0, 1.0], [0.0, 0.0]]
-    table = shared_to_routed(shared, routed, ["text", "text", "image", "image"])
-    assert table["median"].tolist() == [0.75, 10.0]
-    assert table["n_tokens"].tolist() == [2, 2]
-    assert table["undefined"].tolist() == [0, 1]
-    with pytest.raises(ValueError, match="one row and one label for each token"):
-        shared_to_routed(shared, routed, ["text"])

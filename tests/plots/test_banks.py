@@ -11,7 +11,6 @@ from plots.cases import VisionTrace
 
 from ernie_lab import plots
 from ernie_lab.analysis.balance import load, multinomial_reference
-from ernie_lab.plots.modality_attention import FIRST, evenly, groups, masses
 from ernie_lab.report import Reported, reportable, routing_report
 
 
@@ -112,23 +111,6 @@ def test_chips_are_known_from_the_modality_alone(trace):
     kinds = ["text", *["image"] * 16, "text"]
     shown = plots.token_html(margin.assign_coords(modality=("token", kinds)), name="margin")
     assert ">image: 16 tokens</bdi>" in shown.html and shown.html.count("<bdi") == 3
-
-
-def test_groups_and_masses_by_hand():
-    trace = VisionTrace(1, 2, layers=(1,), n_heads=1)
-    pattern = trace.pattern(1)
-    queries, keys = groups(pattern, trace.tokens, 0)
-    assert list(queries) == ["text before", "picture", "delimiters", "text after", "generated"]
-    assert list(keys) == [FIRST, *queries]
-    assert np.flatnonzero(keys["picture"]).tolist() == [5, 6]
-    assert np.flatnonzero(queries["text before"]).tolist() == [1, 2, 3]
-    weights = pattern.values[0]
-    found = masses(weights, queries, keys)["text after"]
-    assert found[2] == pytest.approx(weights[8:14, 5:7].sum(1).mean())
-    even = evenly(pattern, queries, keys)
-    assert even["picture"][2] == pytest.approx((1 / 6 + 2 / 7) / 2)
-    for shares in (*masses(weights, queries, keys).values(), *even.values()):
-        assert shares.sum() == pytest.approx(1)
 
 
 def test_modality_attention_draws_layers_and_the_even_row():
