@@ -184,8 +184,8 @@ class Lab:
         edits = as_edits(edits)
         batch = self.prepare(prompt, chat, images=images, videos=videos)
         warn_if_long(self, int(batch.next_positions_B.max()))
-        recorder = recorder_for(self, keep, batch, edits, grad=grad, max_bytes=max_bytes)
-        tap = EditTap.of(edits, all_sites(self.model), recorder or idle, self.model)
+        tap = EditTap.of(edits, all_sites(self.model), idle, self.model)
+        recorder = recorder_for(self, keep, batch, tap, grad=grad, max_bytes=max_bytes)
         if logits != "all" and tap.touches("logits"):
             raise ValueError(
                 f"logits={logits!r} does not compute all logits, but they are kept or edited; "

@@ -90,20 +90,35 @@ def recorder_for(
     lab: Opened,
     keep: Names | None,
     batch: Batch,
-    edits: Sequence[Edit],
+    tap: EditTap,
     *,
     max_new_tokens: int = 0,
     grad: bool = False,
     max_bytes: int | None = None,
 ) -> Recorder | None:
-    """A recorder of what is asked for, if anything is, once its size has been agreed to."""
+    """A recorder of what is asked for, if anything is, once its size has been agreed to.
+
+    It records what the edits of `tap` leave, so it also stands behind them.
+    """
     if keep is None or (isinstance(keep, list | tuple) and not keep):
         return None
-    what = Keep.of(keep, all_sites(lab.model), edited=bool(edits))
-    sizes = sizes_of(lab, what, batch, max_new_tokens, grad=grad, edited=bool(edits))
+    edited = bool(tap.counts)
+    what = Keep.of(keep, all_sites(lab.model), edited=edited)
+    chosen = chosen_counts(tap.model) if edited else {}
+    sizes = sizes_of(lab, what, batch, max_new_tokens, grad=grad, edited=edited, n_chosen=chosen)
     # With gradients the tensors themselves are held, where the model is.
     require_budget(sizes, max_bytes, device=str(lab.device) if grad else what.devices)
-    return Recorder(what, grad=grad)
+    tap.then = recorder = Recorder(what, grad=grad)
+    return recorder
+
+
+def chosen_counts(model: Model) -> dict[str, int]:
+    """How many experts each router chooses, by the path of its mixture."""
+    return {
+        name.rpartition(".")[0]: part.config.n_chosen
+        for name, part in model.named_modules()
+        if isinstance(part, Router)
+    }
 
 
 def sizes_of(
@@ -114,6 +129,7 @@ def sizes_of(
     *,
     grad: bool = False,
     edited: bool = False,
+    n_chosen: Mapping[str, int] | None = None,
 ) -> dict[str, int]:
     """Bytes of every kept site, an upper bound. An edit may move tokens from bank to bank."""
     visual = batch.visual
@@ -129,6 +145,7 @@ def sizes_of(
         grad,
         grids=[media.grid for media in visual.media] if visual else (),
         n_vision=on_vision,
+        n_chosen=n_chosen,
     )
 
 
@@ -228,15 +245,10 @@ def pieces(
     if settings.stop_strings and lab.tokenizer is None:
         raise ValueError("stop strings need a tokenizer, and this checkpoint has none")
     warn_if_long(lab, int(batch.next_positions_B.max()) + settings.max_new_tokens - 1)
+    tap = EditTap.of(edits, all_sites(lab.model), idle, lab.model)
     recorder = recorder_for(
-        lab,
-        keep,
-        batch,
-        edits,
-        max_new_tokens=settings.max_new_tokens,
-        max_bytes=max_bytes,
+        lab, keep, batch, tap, max_new_tokens=settings.max_new_tokens, max_bytes=max_bytes
     )
-    tap = EditTap.of(edits, all_sites(lab.model), recorder or idle, lab.model)
     writers = [
         Writer(lab.tokenizer, settings.stop_strings, settings.min_new_tokens) for _ in batch.lengths
     ]

@@ -64,11 +64,12 @@ def _hidden(site: Site, config: ModelConfig) -> int:
 
 @dataclass(frozen=True, slots=True)
 class _Input:
-    """How many rows there will be, by kind."""
+    """How many rows there will be, by kind, and how many slots of experts where it is known."""
 
     lengths: tuple[int, ...]
     grids: tuple[Grid, ...]
     n_vision: tuple[int, ...] | None
+    n_chosen: Mapping[str, int]
 
     def n_rows(self, rule: KeptSite) -> int:
         """Rows of a site, or for maps pairs of query and key; at most."""
@@ -104,6 +105,7 @@ def estimate_bytes(
     *,
     grids: Sequence[tuple[int, int, int]] = (),
     n_vision: Sequence[int] | None = None,
+    n_chosen: Mapping[str, int] | None = None,
 ) -> dict[str, int]:
     """Bytes per site, an upper bound; `lengths` are the real tokens of each prompt.
 
@@ -113,7 +115,8 @@ def estimate_bytes(
 
     `grids` are the pictures, and `n_vision` the tokens of each prompt that go to the vision bank:
     placeholders and delimiters. Without `n_vision` (an edit may move tokens from bank to bank)
-    each bank is taken to get every token.
+    each bank is taken to get every token. `n_chosen` are the experts chosen for each token, by
+    the path of their mixture (`blocks.3.moe`, `blocks.3.moe.text`), where it is not the config's.
 
     Positions that no sequence can reach are refused here, before anything has run.
     """
@@ -122,6 +125,7 @@ def estimate_bytes(
         grown,
         tuple(Grid(*grid) for grid in grids),
         None if n_vision is None else tuple(n_vision),
+        n_chosen or {},
     )
     sizes = {}
     for rule in keep.kept:
@@ -135,6 +139,8 @@ def estimate_bytes(
 
 def _site_bytes(rule: KeptSite, config: ModelConfig, given: _Input, dtype: torch.dtype) -> int:
     sizes = extents(rule.site, config) | ({"h": len(rule.heads)} if rule.heads else {})
+    mixture = rule.site.path.rpartition(".")[0]
+    sizes |= {"k": given.n_chosen[mixture]} if mixture in given.n_chosen else {}
     inner = [letter for letter in rule.site.dims.split() if letter not in "bstnpuiom"]
     row_bytes = math.prod(sizes[letter] for letter in inner) * _itemsize(rule, dtype)
     return row_bytes * given.n_rows(rule)

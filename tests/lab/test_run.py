@@ -131,6 +131,22 @@ def test_too_large_is_refused_before_running(lab: Lab) -> None:
         lab.run("hello", keep="all", max_bytes=100)
 
 
+@pytest.mark.parametrize("verb", ["run", "generate"])
+def test_the_size_counts_the_experts_that_an_edit_adds(lab: Lab, verb: str) -> None:
+    """More slots than the config says: what fits without the edit does not fit with it."""
+    call = {"run": lab.run, "generate": lambda *a, **b: lab.generate(*a, max_new_tokens=3, **b)}
+    keep = "blocks.1.moe.expert_out"
+    (plain,) = call[verb]("hello", keep=keep).trace.values.values()
+    edit = el.routing.top_k(6, layers=1)
+    (wider,) = call[verb]("hello", keep=keep, edits=edit).trace.values.values()
+    k = lab.config.decoder.moe.router.n_chosen
+    assert wider.n_bytes == plain.n_bytes * 6 // k
+    call[verb]("hello", keep=keep, max_bytes=plain.n_bytes)
+    call[verb]("hello", keep=keep, edits=edit, max_bytes=wider.n_bytes)
+    with pytest.raises(el.TraceTooLarge, match="the budget is"):
+        call[verb]("hello", keep=keep, edits=edit, max_bytes=wider.n_bytes - 1)
+
+
 def test_nothing_kept(lab: Lab) -> None:
     with pytest.raises(NothingKept, match='keep="routing"'):
         _ = lab.run("hello").trace
