@@ -1,5 +1,11 @@
 """Pure functions of a trace, or of plain arrays, to labelled numbers."""
 
+from ernie_lab.analysis.attention import (
+    attention_distances,
+    attention_statistics,
+    repeated_tokens,
+    vision_attention_statistics,
+)
 from ernie_lab.analysis.attention_mass import AttentionMass, attention_mass
 from ernie_lab.analysis.attribution import Attribution
 from ernie_lab.analysis.balance import (
@@ -42,7 +48,9 @@ __all__ = [
     "Lens",
     "Reference",
     "activation_gradient",
+    "attention_distances",
     "attention_mass",
+    "attention_statistics",
     "balance_table",
     "counts",
     "cv",
@@ -63,8 +71,10 @@ __all__ = [
     "max_violation",
     "multinomial_reference",
     "neuron_attribution",
+    "repeated_tokens",
     "router_attribution",
     "router_attribution_sites",
     "router_cosines",
     "shared_to_routed",
+    "vision_attention_statistics",
 ]
