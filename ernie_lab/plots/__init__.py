@@ -5,6 +5,8 @@ from ernie_lab.plots.ablation_bars import plot_ablation_bars
 from ernie_lab.plots.attention import plot_attention, plot_attention_heads
 from ernie_lab.plots.attribution_bars import plot_attribution
 from ernie_lab.plots.banks import plot_banks
+from ernie_lab.plots.effect_layers import plot_effects_by_layer, plot_routing_drift
+from ernie_lab.plots.effect_plot import plot_effects, plot_mediation
 from ernie_lab.plots.expert_load import plot_expert_load
 from ernie_lab.plots.expert_map import plot_expert_map
 from ernie_lab.plots.expert_on_image import plot_expert_on_image
@@ -29,6 +31,8 @@ __all__ = [
     "plot_attribution",
     "plot_banks",
     "plot_clip_experts",
+    "plot_effects",
+    "plot_effects_by_layer",
     "plot_expert_load",
     "plot_expert_map",
     "plot_expert_on_image",
@@ -36,8 +40,10 @@ __all__ = [
     "plot_image_attention",
     "plot_image_experts",
     "plot_image_value",
+    "plot_mediation",
     "plot_modality_attention",
     "plot_router_token",
+    "plot_routing_drift",
     "plot_swap_effects",
     "report",
     "token_html",
