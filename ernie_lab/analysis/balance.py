@@ -2,7 +2,8 @@
 
 Balance is a finite-sample quantity: thirty tokens routed uniformly at random already look
 unbalanced. So no statistic here should be read without `multinomial_reference` at its own
-number of tokens, and `balance_table` prints both.
+number of tokens, and `balance_table` prints both. By phase, domain or position, and with
+intervals: `balance_by`.
 
 Letters: E routed experts, K experts chosen per token, N tokens, L layers. Expert ids below zero
 (and NaN) mean "this token was not routed here" and are left out.
@@ -20,7 +21,7 @@ import pandas as pd
 from numpy.typing import ArrayLike, NDArray
 
 Floats: TypeAlias = NDArray[np.float64]
-Statistic: TypeAlias = Literal["max_violation", "cv", "entropy", "gini"]
+Statistic: TypeAlias = Literal["max_violation", "cv", "entropy", "gini", "least_loaded"]
 
 # Below this many expected slots per expert, an expert at 1 % of its fair share cannot be told
 # from bad luck (at 500 it would have 5 slots where 500 were due).
@@ -100,6 +101,12 @@ def gini(load_E: ArrayLike) -> Floats:
     return np.asarray((ordered * (2 * np.arange(1, n + 1) - n - 1)).sum(axis=-1) / n)
 
 
+def least_loaded(load_E: ArrayLike) -> Floats:
+    """min_e(f_e) E: the share of the idlest expert in units of a fair share; 1 is balance."""
+    shares = _shares(load_E)
+    return np.asarray(shares.min(axis=-1) * shares.shape[-1])
+
+
 @dataclass(frozen=True, slots=True)
 class Dead:
     """Experts below 1 % of their fair share, or None with the reason why nobody can tell."""
@@ -126,11 +133,12 @@ def dead(counts_E: ArrayLike) -> Dead:
     return Dead(tuple(int(e) for e in np.flatnonzero(values < DEAD_SHARE * due)))
 
 
-_STATISTICS: dict[Statistic, Callable[[ArrayLike], Floats]] = {
+STATISTICS: dict[Statistic, Callable[[ArrayLike], Floats]] = {
     "max_violation": max_violation,
     "cv": cv,
     "entropy": entropy,
     "gini": gini,
+    "least_loaded": least_loaded,
 }
 
 
@@ -164,9 +172,9 @@ def multinomial_reference(
             f"n_tokens={n_tokens}, n_experts={n_experts}, k={k}, draws={draws}: "
             "need 1 <= k <= n_experts and at least one token and one draw"
         )
-    if statistic not in _STATISTICS:
-        raise ValueError(f"statistic={statistic!r}; known: {', '.join(_STATISTICS)}")
-    values = _STATISTICS[statistic](_uniform_counts(n_tokens, n_experts, k, draws, seed))
+    if statistic not in STATISTICS:
+        raise ValueError(f"statistic={statistic!r}; known: {', '.join(STATISTICS)}")
+    values = STATISTICS[statistic](_uniform_counts(n_tokens, n_experts, k, draws, seed))
     p05, p95 = np.percentile(values, [5, 95])
     return Reference(statistic, float(values.mean()), float(p05), float(p95))
 
@@ -228,7 +236,7 @@ def balance_table(
     layers = list(range(len(ids_LNK))) if layers is None else list(layers)
     if len(layers) != len(ids_LNK):
         raise ValueError(f"{len(layers)} layer numbers for {len(ids_LNK)} layers of expert_ids")
-    n_experts = n_experts or _n_experts(trace)
+    n_experts = n_experts or n_experts_of(trace)
     rows = [_balance_row(ids_NK, n_experts, draws, seed) for ids_NK in ids_LNK]
     return pd.DataFrame(rows, index=pd.Index(layers, name="layer"))
 
@@ -263,7 +271,7 @@ def _balance_row(
     }
 
 
-def _n_experts(trace: Any) -> int:
+def n_experts_of(trace: Any) -> int:
     """From whatever the trace kept that has an expert axis."""
     if (known := getattr(trace, "n_experts", None)) is not None:
         return int(known)
