@@ -20,6 +20,7 @@ from ernie_lab.interventions.targets import Layers, as_layers, in_bank, sibling,
 from ernie_lab.interventions.values import Values
 from ernie_lab.interventions.where import Tokens, narrowed_to
 from ernie_lab.model.kinds import Model
+from ernie_lab.model.redraw import gaussian_gate
 from ernie_lab.model.router import Router
 from ernie_lab.sites import Site, SiteError, all_sites, select
 from ernie_lab.trace.integers import integer
@@ -115,11 +116,7 @@ class RandomRouter:
         for site in in_bank("router_logits", self.layers, self.bank, all_sites(model)):
             path, router = _router(model, site)
             assert site.layer is not None
-            generator = torch.Generator().manual_seed(self.seed * 1009 + site.layer)
-            learned_ED = router.weight_ED.detach()
-            drawn_ED = torch.randn(learned_ED.shape, generator=generator).to(learned_ED)
-            norms_E1 = learned_ED.norm(dim=1, keepdim=True) / drawn_ED.norm(dim=1, keepdim=True)
-            weight_ED = drawn_ED * norms_E1
+            weight_ED = gaussian_gate(router.weight_ED.detach(), self.seed * 1009 + site.layer)
             bias_E = None if self.keep_bias else self._bias(site, router, weight_ED)
             parts[path] = router_with(router, weight_ED=weight_ED, bias_E=bias_E)
         return parts

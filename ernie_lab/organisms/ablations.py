@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from ernie_lab.model.redraw import OtherRouter
 from ernie_lab.model.text import TextModel
 from ernie_lab.organisms.mixtures import mixtures
 from ernie_lab.sites import Site, Tap
@@ -73,14 +74,6 @@ class SilenceExpert:
             assert self.ids_NK is not None, "ids come before weights"
             return x.masked_fill(self.ids_NK == self.expert, 0.0)
         return x
-
-
-@dataclass(frozen=True, slots=True)
-class OtherRouter:
-    """A gate of one's own, `[e d]`, and its correction bias, `[e]`, in the place of the learned."""
-
-    weight_ED: Tensor
-    bias_E: Tensor
 
 
 @dataclass(slots=True)

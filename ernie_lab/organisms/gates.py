@@ -13,7 +13,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ernie_lab.analysis import multinomial_reference
+from ernie_lab.analysis.balance import multinomial_reference
+from ernie_lab.analysis.information import mutual_information
+from ernie_lab.model.redraw import VARIANTS, Variant, choose, redraw
 from ernie_lab.organisms.ablations import (
     Keep,
     SilenceExpert,
@@ -28,7 +30,6 @@ from ernie_lab.organisms.bench import Bench, mean
 from ernie_lab.organisms.domains import NAMES
 from ernie_lab.organisms.measure import second_copy, token_losses
 from ernie_lab.organisms.recipe import N_CHOSEN, N_EXPERTS
-from ernie_lab.organisms.redraw import VARIANTS, Variant, choose, mutual_information, redraw
 from ernie_lab.organisms.rows import Rows
 from ernie_lab.sites import Tap
 

@@ -9,10 +9,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from ernie_lab.analysis.information import mutual_information
+from ernie_lab.model.redraw import VARIANTS, OtherRouter, choose, max_violation, redraw
 from ernie_lab.model.text import TextModel
 from ernie_lab.organisms.ablations import (
     Keep,
-    OtherRouter,
     SilenceExpert,
     at_mean,
     learned_routers,
@@ -27,7 +28,6 @@ from ernie_lab.organisms.gates import owner
 from ernie_lab.organisms.initial import initialise
 from ernie_lab.organisms.mixtures import mixtures
 from ernie_lab.organisms.recipe import N_CHOSEN, N_EXPERTS, TINY_TEXT
-from ernie_lab.organisms.redraw import VARIANTS, choose, max_violation, mutual_information, redraw
 from ernie_lab.sites import Tap
 
 IDS = torch.arange(60).reshape(2, 30) * 7 % 2048

@@ -11,7 +11,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ernie_lab.analysis import multinomial_reference
+from ernie_lab.analysis.balance import multinomial_reference
+from ernie_lab.analysis.information import mutual_information
+from ernie_lab.model.redraw import VARIANTS, OtherRouter, choose, redraw
 from ernie_lab.organisms.ablations import Keep, SilenceExpert
 from ernie_lab.organisms.boards.bench import N_CHATS, Bench, Sample, mean
 from ernie_lab.organisms.boards.clips import Clip
@@ -34,7 +36,6 @@ from ernie_lab.organisms.boards.taps import (
 )
 from ernie_lab.organisms.boards.words import COLOURS
 from ernie_lab.organisms.gates import Gate
-from ernie_lab.organisms.redraw import VARIANTS, choose, mutual_information, redraw
 
 N_REDRAWN = 20
 LONG = ("caption", *ON_CLIPS)
@@ -363,8 +364,8 @@ def information_gates(on: Bench) -> list[Gate]:
     return gates
 
 
-def bits(states_ND: Tensor, router: object, labels: dict[str, np.ndarray]) -> dict[str, float]:
-    ids_NK = choose(states_ND, router, N_CHOSEN).numpy()  # type: ignore[arg-type]
+def bits(states_ND: Tensor, router: OtherRouter, labels: dict[str, np.ndarray]) -> dict[str, float]:
+    ids_NK = choose(states_ND, router, N_CHOSEN).numpy()
     return {name: mutual_information(label, ids_NK, N_EXPERTS) for name, label in labels.items()}
 
 

@@ -9,8 +9,9 @@ from typing import Literal, TypeAlias
 import torch
 from torch import Tensor
 
+from ernie_lab.model.redraw import OtherRouter
 from ernie_lab.model.vl import VLModel
-from ernie_lab.organisms.ablations import OtherRouter, Replace
+from ernie_lab.organisms.ablations import Replace
 from ernie_lab.sites import Site, Tap
 
 BankName: TypeAlias = Literal["text", "vision"]
