@@ -58,7 +58,7 @@ def plot_attention(
     square root of the weight, so that 0.05 is seen beside an attention sink. Above 512 queries or
     keys blocks are pooled by their maximum: thin lines survive, the caption says so.
     """
-    map_ST = _checked(np.asarray(pattern, dtype=np.float64), 2)
+    map_ST = _checked(pattern, 2)
     n_queries, n_keys = map_ST.shape
     rows = _query_rows(pattern, queries, n_queries, n_keys)
     keys = names(pattern, tokens, "key_")
@@ -110,7 +110,7 @@ def plot_attention_heads(
 
     `heads` are the true head numbers, by default the array's coordinate `head`.
     """
-    maps_HST = _checked(np.asarray(patterns, dtype=np.float64), 3)
+    maps_HST = _checked(patterns, 3)
     n_heads, n_queries, n_keys = maps_HST.shape
     known = heads if heads is not None else coordinate(patterns, "head")
     numbers = [int(h) for h in (range(n_heads) if known is None else known)]
@@ -152,15 +152,17 @@ def plot_attention_heads(
         )
 
 
-def _checked(values: Floats, rank: int) -> Floats:
+def _checked(given: ArrayLike, rank: int) -> Floats:
     wanted = "[query, key]" if rank == 2 else "[head, query, key]"
-    if values.ndim != rank or 0 in values.shape:
-        raise ValueError(f"a pattern of shape {values.shape}, expected {wanted}, not empty")
-    if values.size > MAX_CELLS:
+    raw: NDArray[Any] = np.asarray(given)
+    if raw.ndim != rank or 0 in raw.shape:
+        raise ValueError(f"a pattern of shape {raw.shape}, expected {wanted}, not empty")
+    if raw.size > MAX_CELLS:
         raise ValueError(
-            f"{values.size / 1e6:.0f} million cells, at most {MAX_CELLS // 10**6}: pass "
+            f"{raw.size / 1e6:.0f} million cells, at most {MAX_CELLS // 10**6}: pass "
             "fewer heads or a range of queries (queries=[…] keeps their positions)"
         )
+    values = np.asarray(raw, dtype=np.float64)
     if np.nanmin(values) < -1e-6 or np.nanmax(values) > 1 + 1e-3:
         raise ValueError("attention weights lie in 0..1; these look like scores: pass the pattern")
     return values
