@@ -3,6 +3,7 @@
 from ernie_lab.display import visible
 from ernie_lab.plots.ablation_bars import plot_ablation_bars
 from ernie_lab.plots.attention import plot_attention, plot_attention_heads
+from ernie_lab.plots.attention_statistics import plot_attention_statistics
 from ernie_lab.plots.attribution_bars import plot_attribution
 from ernie_lab.plots.banks import plot_banks
 from ernie_lab.plots.effect_layers import plot_effects_by_layer, plot_routing_drift
@@ -28,6 +29,7 @@ __all__ = [
     "plot_ablation_bars",
     "plot_attention",
     "plot_attention_heads",
+    "plot_attention_statistics",
     "plot_attribution",
     "plot_banks",
     "plot_clip_experts",
