@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ernie_lab.interventions.draws import key_sites, token_keys, uniforms
 from ernie_lab.interventions.here import EditError, Here
+from ernie_lab.interventions.lookup import looked_up
 from ernie_lab.interventions.protocol import Edit
 from ernie_lab.interventions.saying import as_call
 from ernie_lab.interventions.targets import Layers, Target, require_floats
@@ -23,6 +24,7 @@ from ernie_lab.interventions.values import (
     kept_paths,
     recorded_means,
     recorded_rows,
+    refuse_maps,
     require_in,
 )
 from ernie_lab.interventions.where import Tokens, narrowed_to
@@ -135,31 +137,6 @@ class Add:
         return self.target.put(site, x, x + self.by * direction)
 
 
-def looked_up(values: Values, site: Site, x: Tensor, here: Here, missing: str) -> Tensor:
-    """`x` with each real token's row replaced by the recorded one."""
-    sequence_N, pos_N = here.coordinates(site, x)
-    found_N = values.find(site.path, sequence_N, pos_N)
-    lacking_N = here.real(site, x) & (found_N < 0)
-    if missing == "error" and bool(lacking_N.any()):
-        first = int(lacking_N.nonzero()[0])
-        raise EditError(
-            f"{values!r} has no {site.path} of sequence {int(sequence_N[first])}, position "
-            f"{int(pos_N[first])} ({int(lacking_N.sum())} such tokens in this forward): other "
-            'prompts, or the token was in the other bank. missing="keep" leaves such tokens alone'
-        )
-    rows = values[site.path]
-    flat = x.reshape(len(found_N), *x.shape[2 if site.row == "b" else 1 :]).clone()
-    if rows.shape[1:] != flat.shape[1:]:
-        raise EditError(
-            f"{values!r} has rows of shape {tuple(rows.shape[1:])} for {site.path}, expected "
-            f"{tuple(flat.shape[1:])}"
-        )
-    known_N = found_N >= 0
-    # Picked where they lie, so that only what is needed travels to another device.
-    flat[known_N] = rows[found_N[known_N].to(rows.device)].to(flat)
-    return flat.view_as(x)
-
-
 def _with_values(target: Target, values: Values, sites: Sequence[Site]) -> tuple[Site, ...]:
     found = target.select(sites)
     if target.layers is None:
@@ -206,6 +183,7 @@ def mean(
     Without `layers`, in every layer of which the trace kept the site.
     """
     target = Target.of(site, layers, heads)
+    refuse_maps(trace, _kept(trace, target), "mean over tokens")
     values = recorded_means(trace, _kept(trace, target), f"means of {len(trace)} tokens")
     return narrowed_to(Mean(target, values), tokens)
 
@@ -225,6 +203,7 @@ def resample(
     generation.
     """
     target = Target.of(site, layers, heads)
+    refuse_maps(trace, _kept(trace, target), "row of another token that would fit")
     values = recorded_rows(trace, _kept(trace, target), f"rows of {len(trace)} tokens")
     return narrowed_to(Resample(target, values, seed), tokens)
 
@@ -240,7 +219,10 @@ def patch(
 ) -> Edit:
     """Activation patching: each token's value at the same sequence and position of `trace`.
 
-    A token that the trace has not is an error, or under `missing="keep"` left alone.
+    A token that the trace has not is an error, or under `missing="keep"` left alone. In one of
+    two banks of experts the rows are those of its tokens; a token that was in the other bank is
+    missing. Of attention (`attn.pattern`, `attn.scores`) a query gets the recorded weights of the
+    keys at the same positions.
     """
     if missing not in ("error", "keep"):
         raise EditError(f'missing={missing!r} must be "error" or "keep"')

@@ -9,8 +9,8 @@ from typing import ClassVar, Unpack
 import torch
 from torch import Tensor
 
-from ernie_lab.interventions.general import looked_up
 from ernie_lab.interventions.here import EditError, Here
+from ernie_lab.interventions.lookup import looked_up
 from ernie_lab.interventions.protocol import Edit
 from ernie_lab.interventions.saying import as_call
 from ernie_lab.interventions.targets import Layers, as_layers, true_layer

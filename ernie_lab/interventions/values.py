@@ -10,9 +10,11 @@ from functools import cached_property
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from ernie_lab.interventions.here import EditError
 from ernie_lab.sites import Site, select
+from ernie_lab.trace.recorded import Recorded
 from ernie_lab.trace.trace import Trace
 
 # The rows of `path` stand at (sequence, position) = `path + AT`.
@@ -93,12 +95,21 @@ def kept_paths(trace: Trace, patterns: Sequence[str], every: bool) -> list[str]:
 
 
 def recorded_rows(trace: Trace, paths: Sequence[str], source: str) -> Values:
-    """Every row of these sites, and the (sequence, position) of each."""
+    """Every row of these sites, and the (sequence, position) of each.
+
+    Of attention maps a row is a query, `[h t]`, its keys counted by position and as many as the
+    longest sequence has; what is beyond its own is 0.
+    """
     sequence = torch.tensor(trace.context.sequence)
     pos = torch.tensor(trace.context.pos)
     tensors = {}
     for path in paths:
-        values, rows_N = _rows(trace, path)
+        if trace.values[path].site.of_patches:
+            raise EditError(
+                f"{path} has patches and no tokens, and another picture's patches are of other "
+                "places; take what image tokens read: resampler.out, or embed_in, where='image'"
+            )
+        values, rows_N = _queries(trace, path) if _is_map(trace, path) else _rows(trace, path)
         tensors[path] = values
         tensors[path + AT] = torch.stack([sequence[rows_N], pos[rows_N]], 1)
     return Values(tensors, source)
@@ -117,14 +128,41 @@ def recorded_means(trace: Trace, paths: Sequence[str], source: str) -> Values:
     return Values(means, source)
 
 
+def refuse_maps(trace: Trace, paths: Sequence[str], what: str) -> None:
+    """Raise at attention maps, where `what` (a mean over tokens, …) means nothing."""
+    if maps := [path for path in paths if _is_map(trace, path)]:
+        raise EditError(
+            f"{maps[0]} is an attention map: each query has keys of its own number, so there is no "
+            f"{what}. el.edits.patch takes maps, from a trace that has the same positions; "
+            "el.edits.knockout cuts them"
+        )
+
+
+def _is_map(trace: Trace, path: str) -> bool:
+    return trace.values[path].site.ragged
+
+
 def _rows(trace: Trace, path: str) -> tuple[Tensor, Tensor]:
     kept = trace.values[path]
-    if kept.heads is not None:
-        raise EditError(f"{path} was recorded for some heads alone; record all of them")
-    if None not in kept.parts:
-        raise EditError(f"{path} has one map per sequence; edits take what has rows of tokens")
+    _require_all_heads(kept)
+    if kept.site.row == "i":
+        raise EditError(f"{path} has one map for each frame; edits take what has rows of tokens")
     part = kept.parts[None]
     return part.values.detach().cpu(), part.rows_N
+
+
+def _queries(trace: Trace, path: str) -> tuple[Tensor, Tensor]:
+    """`[n h t]`, the queries of all sequences, and their rows of the tokens table."""
+    kept = trace.values[path]
+    _require_all_heads(kept)
+    longest = max(part.values.shape[-1] for part in kept)
+    maps = [pad(part.values.detach().cpu(), (0, longest - part.values.shape[-1])) for part in kept]
+    return torch.cat([one.movedim(1, 0) for one in maps]), torch.cat([p.rows_N for p in kept])
+
+
+def _require_all_heads(kept: Recorded) -> None:
+    if kept.heads is not None:
+        raise EditError(f"{kept.site.path} was recorded for some heads alone; record all of them")
 
 
 def require_in(values: Values, sites: Sequence[Site]) -> None:

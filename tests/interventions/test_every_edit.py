@@ -12,7 +12,8 @@ from ernie_lab.interventions import Edit, at
 from ernie_lab.interventions import catalogue as edits
 from ernie_lab.lab import Lab
 
-CLOSE = {"atol": 2e-5, "rtol": 1e-4}
+# Other kernels on other machines: 4.8e-5 was seen where values reach 24.
+CLOSE = {"atol": 1e-4, "rtol": 1e-4}
 LAB, VL = labs.lab(), labs.vl_lab()
 TEXT, VISUAL = labs.text_edits(LAB), labs.vl_edits(VL)
 # What depends on the batch by its nature: recorded rows are told by their sequence.
