@@ -7,6 +7,7 @@ from ernie_lab.analysis.attention import (
     vision_attention_statistics,
 )
 from ernie_lab.analysis.attention_mass import AttentionMass, attention_mass
+from ernie_lab.analysis.attention_summary import attention_rows, attention_summary
 from ernie_lab.analysis.attribution import Attribution
 from ernie_lab.analysis.balance import (
     Dead,
@@ -17,10 +18,13 @@ from ernie_lab.analysis.balance import (
     dead,
     entropy,
     gini,
+    least_loaded,
     load,
     max_violation,
     multinomial_reference,
 )
+from ernie_lab.analysis.balance_groups import balance_by, balance_of_counts
+from ernie_lab.analysis.bias import BiasLedger, bias_ledger
 from ernie_lab.analysis.decomposition import Decomposition, decompose, decomposition_sites
 from ernie_lab.analysis.direct import direct_logit_attribution, neuron_attribution
 from ernie_lab.analysis.gradients import (
@@ -35,12 +39,16 @@ from ernie_lab.analysis.isolation import (
     router_cosines,
 )
 from ernie_lab.analysis.lens import Lens, expert_lens, expert_lens_sites, lens_logits, logit_lens
+from ernie_lab.analysis.margins import flips_by_margin, margin_table, score_noise, set_flips
 from ernie_lab.analysis.router_attribution import router_attribution, router_attribution_sites
+from ernie_lab.analysis.router_losses import router_losses
 from ernie_lab.analysis.shared_ratio import shared_to_routed
+from ernie_lab.analysis.token_groups import position_buckets
 
 __all__ = [
     "AttentionMass",
     "Attribution",
+    "BiasLedger",
     "Dead",
     "Decomposition",
     "GradientAttribution",
@@ -48,10 +56,15 @@ __all__ = [
     "Lens",
     "Reference",
     "activation_gradient",
+    "attention_rows",
+    "attention_summary",
     "attention_distances",
     "attention_mass",
     "attention_statistics",
+    "balance_by",
+    "balance_of_counts",
     "balance_table",
+    "bias_ledger",
     "counts",
     "cv",
     "dead",
@@ -62,19 +75,26 @@ __all__ = [
     "expected_bank",
     "expert_lens",
     "expert_lens_sites",
+    "flips_by_margin",
     "gini",
     "gradient_attribution",
     "isolation_report",
+    "least_loaded",
     "lens_logits",
     "load",
     "logit_lens",
+    "margin_table",
     "max_violation",
     "multinomial_reference",
     "neuron_attribution",
+    "position_buckets",
     "repeated_tokens",
     "router_attribution",
     "router_attribution_sites",
     "router_cosines",
+    "router_losses",
+    "score_noise",
+    "set_flips",
     "shared_to_routed",
     "vision_attention_statistics",
 ]
