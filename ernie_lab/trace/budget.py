@@ -228,6 +228,16 @@ def _require(sizes: Mapping[str, int], budget: int, where: str) -> None:
         f"{in_words(budget)}. The biggest is {biggest} with {in_words(sizes[biggest])} "
         f"({name} of all layers: {in_words(alike)}). Narrow it with "
         "el.keep(..., layers=, heads=, positions=, dtype='bfloat16'), or raise max_bytes."
+        f"{_without_map(name)}"
+    )
+
+
+def _without_map(quantity: str) -> str:
+    if quantity not in ("attn.pattern", "attn.scores"):
+        return ""
+    return (
+        " What attention does with a long input can be told without its map: keep attn.q_rot and "
+        "attn.k_rot, and take el.analysis.attention_summary(trace, layer) or attention_rows."
     )
 
 

@@ -154,7 +154,8 @@ def test_budget_says_what_is_big_and_how_to_narrow_it(model):
     with pytest.raises(TraceTooLarge) as caught:
         require_budget(sizes, 1_000_000)
     message = str(caught.value)
-    for part in ("12.1 MB", "1.0 MB", "blocks.0.attn.pattern with 4.0 MB", "12.0 MB", "positions="):
+    said = ("12.1 MB", "1.0 MB", "blocks.0.attn.pattern with 4.0 MB", "12.0 MB", "positions=")
+    for part in (*said, "keep attn.q_rot and attn.k_rot, and take el.analysis.attention_summary"):
         assert part in message
     assert require_budget(sizes, 10**9) == sum(sizes.values())
 
