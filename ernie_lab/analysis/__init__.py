@@ -25,6 +25,8 @@ from ernie_lab.analysis.balance import (
 )
 from ernie_lab.analysis.balance_groups import balance_by, balance_of_counts
 from ernie_lab.analysis.bias import BiasLedger, bias_ledger
+from ernie_lab.analysis.cka import LayerCKA, layer_cka, linear_cka, paired_cka
+from ernie_lab.analysis.counterfactual import cross_bank_counterfactual, cross_bank_sites
 from ernie_lab.analysis.decomposition import Decomposition, decompose, decomposition_sites
 from ernie_lab.analysis.direct import direct_logit_attribution, neuron_attribution
 from ernie_lab.analysis.gradients import (
@@ -40,12 +42,23 @@ from ernie_lab.analysis.isolation import (
 )
 from ernie_lab.analysis.lens import Lens, expert_lens, expert_lens_sites, lens_logits, logit_lens
 from ernie_lab.analysis.margins import flips_by_margin, margin_table, score_noise, set_flips
+from ernie_lab.analysis.residual_geometry import ResidualGeometry, residual_geometry
+from ernie_lab.analysis.router_alignment import router_alignment
 from ernie_lab.analysis.router_attribution import router_attribution, router_attribution_sites
 from ernie_lab.analysis.router_losses import router_losses
 from ernie_lab.analysis.shared_ratio import shared_to_routed
 from ernie_lab.analysis.token_groups import position_buckets
 
 __all__ = [
+    "LayerCKA",
+    "ResidualGeometry",
+    "cross_bank_counterfactual",
+    "cross_bank_sites",
+    "layer_cka",
+    "linear_cka",
+    "paired_cka",
+    "residual_geometry",
+    "router_alignment",
     "AttentionMass",
     "Attribution",
     "BiasLedger",

@@ -115,15 +115,19 @@ def _summary(
 def _median_interval(
     values_N: Floats, document_N: NDArray[np.int64], drawn_PQ: NDArray[np.int64]
 ) -> tuple[float, float]:
-    """The median of each draw of documents: the first value at which half of them is reached."""
+    """Of the median of each draw of documents, which halves what was drawn."""
     if len(np.unique(document_N)) < 2:
         return np.nan, np.nan
     order_N = values_N.argsort()
+    sorted_N = values_N[order_N]
     weights_PN = drawn_PQ[:, document_N[order_N]].cumsum(axis=1)
-    drawn = weights_PN[:, -1] > 0
-    place_P = (2 * weights_PN[drawn] >= weights_PN[drawn, -1:]).argmax(axis=1)
+    weights_PN = weights_PN[weights_PN[:, -1] > 0]
+    # An even number has two middle values, and the median lies between them.
+    first_P = (2 * weights_PN >= weights_PN[:, -1:]).argmax(axis=1)
+    second_P = (2 * weights_PN > weights_PN[:, -1:]).argmax(axis=1)
     tail = (1 - CONFIDENCE) / 2
-    low, high = np.quantile(values_N[order_N][place_P], [tail, 1 - tail])
+    medians_P = (sorted_N[first_P] + sorted_N[second_P]) / 2
+    low, high = np.quantile(medians_P, [tail, 1 - tail])
     return float(low), float(high)
 
 
