@@ -10,6 +10,7 @@ sample of its numbers with true patches.
 from __future__ import annotations
 
 import html
+import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -19,10 +20,9 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from ernie_lab.interventions.general import patch, zero
+from ernie_lab.interventions.edits import EditChangedNothingWarning
 from ernie_lab.interventions.here import EditError, Here
 from ernie_lab.interventions.metrics import set_flips
-from ernie_lab.interventions.protocol import Edit
 from ernie_lab.model.kinds import Model
 from ernie_lab.sites import Site, all_sites, select
 from ernie_lab.trace.keys import NotKept
@@ -88,10 +88,12 @@ def activation_gradient(
 class GradientAttribution:
     """What replacing each token's value at each site does to a number, by three methods.
 
-    `table`: one row for each site and token. `activation_gradient` is the first-order estimate
-    (baseline - x) . gradient; `integrated` the same with the gradient averaged along the straight
-    path to the baseline, at all tokens together; `true` the change that the patch really makes,
-    NaN where it was not tried. `correlation` compares the estimates with the true patches.
+    `table`: one row for each site, token and `index`: the head, slot or other axis between the
+    token's and the last, from 0 (0 alone where there is none). `activation_gradient` is the
+    first-order estimate (baseline - x) . gradient; `integrated` the same with the gradient
+    averaged along the straight path to the baseline, at all tokens together; `true` the change
+    that the patch really makes, NaN where it was not tried. `correlation` compares the estimates
+    with the true patches.
 
     `completeness` has one row per site: `sum` of the integrated gradients, the `change` they
     should sum to (all tokens replaced at once), their relative `gap`, and `flips`, the mean share
@@ -117,7 +119,7 @@ class GradientAttribution:
 
     def _head(self) -> str:
         return (
-            f"Gradient attribution of {len(self.table)} site tokens; "
+            f"Gradient attribution of {len(self.table)} values; "
             f"{int(self.table['true'].notna().sum())} checked by true patches. "
             f"Beware: {self.caveat}."
         )
@@ -135,93 +137,131 @@ def gradient_attribution(
     seed: int = 0,
     **given: Any,
 ) -> GradientAttribution:
-    """Estimate every single-token patch at the sites from gradients, and check a sample.
+    """Estimate the patch of every token's value at the sites from gradients, and check a sample.
 
     `of(run)` is the number, for example `lambda run: run.logits[0, -1, right] - run.logits[0, -1,
     wrong]`. A token's value at a site is replaced by that of `baseline`, a trace of an equally
-    long run that kept the sites, or by zero.
+    long run that kept the sites, or by zero. Heads and slots of experts are replaced one by one.
 
     - activation x gradient: (b - x) . g(x)
     - integrated gradients (Sundararajan et al. 2017): (b - x) . mean over `steps` midpoints t of
       g(x + t (b - x)), all tokens moving together; `steps=0` leaves it out
-    - true: of(patched) - of(run), for `check` site tokens drawn at random, and all of them where
-      there are fewer
+    - true: of(patched) - of(run), for `check` of the values drawn at random, and all of them
+      where there are fewer
 
     No gradient passes top-k: effects through a change of the chosen experts are not in the
     estimates, but they are in the true patches. The result reports the correlation of the two.
 
     Args:
-        sites: with one row per token (`b s …`), such as `blocks.*.resid_mid`.
+        sites: with one row per token, of all (`b s …`) or of one bank (`n …`):
+            `blocks.*.resid_mid`, `attn.z` (heads), `moe.router_logits`, `moe.slot_out` (slots; the
+            baseline's slot i may be another expert's than the run's: zero is the safe baseline).
+            Attention maps and patches of pictures have no vector per token and are refused, and
+            so are integers.
         given: `images=`, `videos=`, `chat=` and `labels=` of `lab.run`.
     """
     chosen = select([sites] if isinstance(sites, str) else list(sites), all_sites(lab.model))
-    if wrong := [s.path for s in chosen if s.row != "b" or s.ragged or s.dtype == "int64"]:
-        raise ValueError(f"{wrong[0]} has no vector per token to patch; choose sites `b s …`")
+    for site in chosen:
+        _require_vectors(site)
     paths = [site.path for site in chosen]
     run = lab.run(prompt, keep=paths, grad=True, **given)
     value = _number(of, run)
     clean, plain = run.trace, float(value.detach())
     base = {path: _baseline(baseline, clean, path) for path in paths}
-    first = {path: _along(clean, clean, of=value, path=path, base=base[path]) for path in paths}
-    path_means, rows = {}, []
-    for path in paths if steps else ():
-        means, facts = _integrated(lab, prompt, of, path, base[path], clean, steps, given)
-        path_means[path] = means
-        with torch.no_grad():
-            whole = float(
-                _number(of, lab.run(prompt, edits=[Between(path, 0.0, base[path])], **given))
-            )
-        total, change = float(means.sum()), whole - plain
-        gap = abs(total - change) / max(abs(change), 1e-12)
-        rows.append({"site": path, "sum": total, "change": change, "gap": gap} | facts)
-    tokens = clean.tokens[["sequence", "pos", "id", "text"]]
-    frames = [
-        tokens.assign(
-            site=path,
-            activation_gradient=first[path].numpy(),
-            integrated=path_means[path].numpy() if path in path_means else np.nan,
-        )
-        for path in paths
-    ]
+    frames, rows = [], []
+    for path in paths:
+        estimates = {"activation_gradient": _along(clean, clean, value, path, base[path])}
+        if steps:
+            means, facts = _integrated(lab, prompt, of, path, base[path], clean, steps, given)
+            estimates["integrated"] = means
+            edit = Between(path, 0.0, base[path])
+            with torch.no_grad():
+                whole = float(_number(of, lab.run(prompt, edits=[edit], **given)))
+            total, change = float(means.sum()), whole - plain
+            gap = abs(total - change) / max(abs(change), 1e-12)
+            rows.append({"site": path, "sum": total, "change": change, "gap": gap} | facts)
+        frames.append(_frame(clean, path, estimates))
     table = pd.concat(frames, ignore_index=True)
-    table.insert(0, "site", table.pop("site"))
     table["true"] = np.nan
+    first = np.cumsum([0, *map(len, frames)])
     places = np.random.default_rng(seed).permutation(len(table))[:check]
     for place in sorted(places.tolist()):
-        row = table.iloc[place]
-        edit = _one_patch(str(row["site"]), int(row["sequence"]), int(row["pos"]), baseline)
-        with torch.no_grad():
-            patched = lab.run(prompt, edits=[edit], **given)
-            table.loc[place, "true"] = float(_number(of, patched)) - plain
+        which = int(np.searchsorted(first, place, "right")) - 1
+        path = paths[which]
+        patched = Between(path, 0.0, base[path], only=place - int(first[which]))
+        with torch.no_grad(), warnings.catch_warnings():
+            # A patch by an equal value changes nothing, and its true effect is 0.
+            warnings.simplefilter("ignore", EditChangedNothingWarning)
+            run = lab.run(prompt, edits=[patched], **given)
+            table.loc[place, "true"] = float(_number(of, run)) - plain
     methods = ["activation_gradient", *(["integrated"] if steps else [])]
     return GradientAttribution(table, _correlation(table, methods), pd.DataFrame(rows))
+
+
+def _require_vectors(site: Site) -> None:
+    if site.ragged or site.row == "i":
+        why = "is an attention map: patch it with el.edits.patch, or take attn.z, what a head reads"
+    elif site.row in "po":
+        why = "has patches and no tokens; take resampler.out, or embed_in"
+    elif not site.dtype.startswith("float") and site.dtype != "model":
+        why = "holds integers, through which no gradient flows"
+    elif len(site.dims.split()) < (3 if site.row == "b" else 2):
+        why = f"has one number per token ({site.dims})"
+    else:
+        return
+    raise ValueError(
+        f"{site.path} has no vector per token to patch: it {why}. Sites `b s …` and `n …` have one"
+    )
+
+
+def _frame(trace: Trace, path: str, estimates: Mapping[str, Tensor]) -> pd.DataFrame:
+    """One row for each token and index of a site."""
+    n, m = next(iter(estimates.values())).shape
+    tokens = trace.context.take(trace.values[path].parts[None].rows_N.tolist())
+    frame = pd.DataFrame(
+        {
+            "site": path,
+            "sequence": np.repeat(tokens.sequence, m),
+            "pos": np.repeat(tokens.pos, m),
+            "id": np.repeat(tokens.id, m),
+            "text": pd.Series(np.repeat(np.array(tokens.text, dtype=object), m)),
+            "index": np.tile(np.arange(m), n),
+            "integrated": np.nan,
+        }
+    )
+    frame.insert(6, "activation_gradient", np.nan)
+    return frame.assign(**{name: x.flatten().numpy() for name, x in estimates.items()})
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Between:
     """baseline + alpha (x - baseline) at a site of tokens; `rows` `[n …]` in the order of a trace
-    of the same batch."""
+    of the same batch. With `only`, that place of the flattened `[n (heads, slots, …)]` alone."""
 
     path: str
     alpha: float
     rows: Tensor
+    only: int | None = None
 
     def select(self, sites: Sequence[Site]) -> tuple[Site, ...]:
         return select(self.path, sites)
 
     def apply(self, site: Site, x: Tensor, here: Here, /) -> Tensor:
-        mask_BS = here.forward.mask.bool()
-        if len(self.rows) != int(mask_BS.sum()):
+        real_N = here.real(site, x)
+        if len(self.rows) != int(real_N.sum()):
             raise EditError(
                 f"{site.path}: the baseline has {len(self.rows)} tokens, the batch "
-                f"{int(mask_BS.sum())}"
+                f"{int(real_N.sum())}"
             )
         rows = self.rows.to(device=x.device, dtype=x.dtype)
-        base = (
-            x.detach()
-            .clone()
-            .masked_scatter(mask_BS.view(*mask_BS.shape, *[1] * (x.ndim - 2)), rows)
-        )
+        flat = x.detach().reshape(len(real_N), *self.rows.shape[1:]).clone()
+        if self.only is None:
+            flat[real_N] = rows
+        else:
+            own = flat[real_N].flatten(0, -2)
+            own[self.only] = rows.flatten(0, -2)[self.only]
+            flat[real_N] = own.view_as(rows)
+        base = flat.view_as(x)
         return base + self.alpha * (x - base)
 
 
@@ -235,25 +275,26 @@ def _integrated(
     steps: int,
     given: Mapping[str, Any],
 ) -> tuple[Tensor, dict[str, float]]:
-    total = torch.zeros(len(clean), dtype=torch.float64)
+    total: Tensor | float = 0.0
     ids = [site.path for site in all_sites(lab.model) if site.path.endswith(_IDS)]
     usual = lab.run(prompt, keep=ids, **given).trace if ids else None
     flips = []
     for step in range(steps):
         edit = Between(path, 1 - (step + 0.5) / steps, base)
         run = lab.run(prompt, edits=[edit], keep=[path, *ids], grad=True, **given)
-        total += _along(run.trace, clean, of=_number(of, run), path=path, base=base) / steps
+        total = total + _along(run.trace, clean, _number(of, run), path, base) / steps
         if usual is not None:
             flips.append(_mean_flips(usual, run.trace, ids))
+    assert isinstance(total, Tensor)
     return total, {"flips": float(np.mean(flips))} if flips else {}
 
 
-def _along(trace: Trace, clean: Trace, *, of: Tensor, path: str, base: Tensor) -> Tensor:
-    """(b - x) . gradient for each token, x being the unpatched value."""
+def _along(trace: Trace, clean: Trace, of: Tensor, path: str, base: Tensor) -> Tensor:
+    """`[token index]`: (b - x) . gradient, x being the unpatched value."""
     gradient = torch.from_numpy(trace.gradient(of, path).values.copy()).double()
     difference = base.double() - clean.tensor(path).detach().cpu().double()
-    product: Tensor = (difference * gradient).flatten(1).sum(1)
-    return product
+    product: Tensor = (difference * gradient).sum(-1)
+    return product.reshape(len(product), -1)
 
 
 def _number(of: Of, run: Any) -> Tensor:
@@ -286,12 +327,6 @@ def _rows_like(baseline: Trace, trace: Trace, path: str) -> Tensor:
             "positions; a patch needs prompts of equal length"
         )
     return baseline.tensor(path).detach().cpu()
-
-
-def _one_patch(path: str, sequence: int, pos: int, baseline: Trace | None) -> Edit:
-    if baseline is None:
-        return zero(path, positions=[pos], sequence=sequence)
-    return patch(path, baseline, positions=[pos], sequence=sequence)
 
 
 def _mean_flips(usual: Trace, trace: Trace, ids: Sequence[str]) -> float:

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from support.labs import small_lab
+from support.labs import picture, small_lab, small_vl_lab
 
 import ernie_lab as el
 from ernie_lab.analysis.gradients import TOP_K_CAVEAT, activation_gradient, gradient_attribution
@@ -104,6 +104,57 @@ def _rows(trace, x):
     return torch.from_numpy(trace[LAST].values.copy())[None].to(x)
 
 
+Z, SLOTS = "blocks.2.attn.z", "blocks.2.moe.slot_out"
+
+
+def test_heads_are_patched_one_by_one(lab: Lab) -> None:
+    found = gradient_attribution(lab, "hello", contrast, Z, steps=3, check=1000)
+    assert found.table["index"].tolist() == [0, 1, 2, 3] * 5
+    row = found.table.query("pos == 2 and index == 3").iloc[0]
+    edit = el.edits.zero(Z, heads=3, positions=[2])
+    by_hand = float(contrast(lab.run("hello", edits=edit))) - float(contrast(lab.run("hello")))
+    assert row["true"] == pytest.approx(by_hand, abs=1e-6)
+    run = lab.run("hello", keep=Z, grad=True)
+    plain = activation_gradient(run.trace, contrast(run), Z)["value"]
+    np.testing.assert_allclose(found.table["activation_gradient"], -plain, atol=1e-6)
+
+
+def test_slots_of_the_last_layer_close(lab: Lab) -> None:
+    """Behind the last router stand a sum, the norm and the head: nothing can flip."""
+    found = gradient_attribution(lab, "hello", contrast, SLOTS, steps=40, check=4)
+    k = lab.config.decoder.moe.router.n_chosen
+    assert found.table["index"].tolist() == list(range(k)) * 5
+    (row,) = found.completeness.to_dict("records")
+    assert row["flips"] == 0 and row["gap"] < 0.01
+    silent = lab.run("hello", edits=el.edits.zero(SLOTS))
+    assert row["change"] == pytest.approx(
+        float(contrast(silent)) - float(contrast(lab.run("hello"))), abs=1e-5
+    )
+
+
+def test_router_logits_in_a_model_with_two_banks() -> None:
+    """Rows of a bank: only its tokens, told by their own positions."""
+    vl = small_vl_lab()
+    given = {"images": [picture(1)]}
+    path = "blocks.2.moe.vision.router_logits"
+    found = gradient_attribution(vl, "what?", lambda run: run.loss, path, steps=2, check=3, **given)
+    trace = vl.run("what?", keep=path, **given).trace
+    tokens = trace.tokens.query("bank == 'vision'")
+    assert found.table["pos"].tolist() == tokens["pos"].tolist()
+    assert found.table["true"].notna().sum() == 3
+    row = found.table.dropna(subset="true").iloc[0]
+    edit = el.edits.zero(path, positions=[row["pos"]])
+    by_hand = vl.run("what?", edits=edit, **given).loss - vl.run("what?", **given).loss
+    assert row["true"] == pytest.approx(float(by_hand), abs=1e-6)
+
+
+def test_an_equal_baseline_has_no_effect(lab: Lab) -> None:
+    own = lab.run("hello", keep=MIDDLE).trace
+    found = gradient_attribution(lab, "hello", contrast, MIDDLE, baseline=own, steps=0, check=2)
+    assert (found.table["activation_gradient"] == 0).all()
+    assert (found.table["true"].dropna() == 0).all()
+
+
 def test_the_caveat_stands_in_the_result(lab: Lab) -> None:
     found = gradient_attribution(
         lab,
@@ -127,6 +178,15 @@ def test_what_is_refused(lab: Lab) -> None:
         gradient_attribution(lab, "hello", lambda run: run.logits, MIDDLE)
     with pytest.raises(ValueError, match="no vector per token"):
         gradient_attribution(lab, "hello", contrast, "blocks.1.attn.pattern")
+    for site, why in {
+        "blocks.1.attn.pattern": "attention map",
+        "blocks.1.norm1.scale": r"one number per token \(b s\)",
+        "blocks.1.moe.expert_ids": "integers",
+    }.items():
+        with pytest.raises(ValueError, match=why):
+            gradient_attribution(lab, "hello", contrast, site)
+    with pytest.raises(ValueError, match="patches and no tokens"):
+        gradient_attribution(small_vl_lab(), "what?", contrast, "vision.out")
     longer = lab.run("hello there", keep=MIDDLE).trace
     with pytest.raises(ValueError, match="equal length"):
         gradient_attribution(lab, "hello", contrast, MIDDLE, baseline=longer)
