@@ -29,11 +29,13 @@ from ernie_lab.analysis.cka import LayerCKA, layer_cka, linear_cka, paired_cka
 from ernie_lab.analysis.counterfactual import cross_bank_counterfactual, cross_bank_sites
 from ernie_lab.analysis.decomposition import Decomposition, decompose, decomposition_sites
 from ernie_lab.analysis.direct import direct_logit_attribution, neuron_attribution
+from ernie_lab.analysis.expert_information import expert_information
 from ernie_lab.analysis.gradients import (
     GradientAttribution,
     activation_gradient,
     gradient_attribution,
 )
+from ernie_lab.analysis.information import mutual_information
 from ernie_lab.analysis.isolation import (
     IsolationReport,
     expected_bank,
@@ -42,12 +44,17 @@ from ernie_lab.analysis.isolation import (
 )
 from ernie_lab.analysis.lens import Lens, expert_lens, expert_lens_sites, lens_logits, logit_lens
 from ernie_lab.analysis.margins import flips_by_margin, margin_table, score_noise, set_flips
+from ernie_lab.analysis.nulls import untrained_twin
+from ernie_lab.analysis.olmoe import domain_specialisation, vocabulary_specialisation
 from ernie_lab.analysis.residual_geometry import ResidualGeometry, residual_geometry
 from ernie_lab.analysis.router_alignment import router_alignment
 from ernie_lab.analysis.router_attribution import router_attribution, router_attribution_sites
 from ernie_lab.analysis.router_losses import router_losses
+from ernie_lab.analysis.saturation import router_saturation, set_agreement
 from ernie_lab.analysis.shared_ratio import shared_to_routed
+from ernie_lab.analysis.specialisation import Specialisation, specialisation
 from ernie_lab.analysis.token_groups import position_buckets
+from ernie_lab.analysis.token_null import token_id_null
 
 __all__ = [
     "LayerCKA",
@@ -110,4 +117,14 @@ __all__ = [
     "set_flips",
     "shared_to_routed",
     "vision_attention_statistics",
+    "Specialisation",
+    "domain_specialisation",
+    "expert_information",
+    "mutual_information",
+    "router_saturation",
+    "set_agreement",
+    "specialisation",
+    "token_id_null",
+    "untrained_twin",
+    "vocabulary_specialisation",
 ]

@@ -23,6 +23,7 @@ TOLERANCE = 0.05
 MAX_UPDATES = 2000
 # States to fit a bias on: with 16 experts and 4 slots, loads are then known to about 1.5 %.
 N_FITTED = 16_384
+_STEPS = (5e-3, 2e-2, 8e-2)
 
 
 class NotBalanced(RuntimeError):
@@ -97,7 +98,7 @@ def _size(weight_ED: Tensor, states_ND: Tensor | None, variant: Variant) -> Tens
     return (states_ND @ weight_ED.T).std(0)
 
 
-def balanced_bias(probs_NE: Tensor, k: int, target: float) -> Tensor:
+def balanced_bias(probs_NE: Tensor, k: int, target: float, step: float = 5e-3) -> Tensor:
     """The training rule, in shrinking steps, until MaxVio is at most TOLERANCE above the target.
 
     A gate that is more balanced than the target stays so; see `matched_bias`.
@@ -111,7 +112,7 @@ def balanced_bias(probs_NE: Tensor, k: int, target: float) -> Tensor:
         if max_violation(ids_NK, len(bias_E)) <= target + TOLERANCE:
             return bias_E
         counts_E = torch.bincount(ids_NK.flatten(), minlength=len(bias_E))
-        bias_E = updated_correction_bias(bias_E, counts_E, 5e-3 / (1 + update / 50))
+        bias_E = updated_correction_bias(bias_E, counts_E, step / (1 + update / 50))
     raise NotBalanced(
         f"a redrawn router did not reach MaxVio {target:.2f} on {len(probs_NE)} states in "
         f"{MAX_UPDATES} steps; take more states or another seed"
@@ -123,8 +124,16 @@ def matched_bias(probs_NE: Tensor, k: int, target: float) -> Tensor:
 
     Where it is, the bias moves along its own loads, the busy made busier, to the target (by
     bisection; MaxVio moves in steps of one token, so a small sample may not meet it exactly).
+    Probabilities near 0 and 1 need a bias that small steps do not reach: then larger ones are
+    tried.
     """
-    bias_E = balanced_bias(probs_NE, k, target)
+    for step in _STEPS:
+        try:
+            bias_E = balanced_bias(probs_NE, k, target, step)
+            break
+        except NotBalanced:
+            if step == _STEPS[-1]:
+                raise
     ids_NK = chosen(probs_NE, bias_E, k)
     if max_violation(ids_NK, len(bias_E)) >= target - TOLERANCE:
         return bias_E
