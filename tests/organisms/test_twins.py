@@ -1,0 +1,36 @@
+"""The untrained twin: another decoder behind the same eye, and nothing of the model touched."""
+
+import torch
+
+import ernie_lab as el
+from ernie_lab.organisms.boards import samples
+from ernie_lab.organisms.boards.seeing import eye
+from ernie_lab.organisms.twins import untrained_twin
+
+
+def test_same_eye_other_decoder() -> None:
+    lab = el.load("tiny-vl")
+    before = {name: value.clone() for name, value in lab.model.state_dict().items()}
+    twin, again = untrained_twin(lab), untrained_twin(lab)
+    assert twin.model_id == "tiny-vl, untrained" and twin.tokenizer is lab.tokenizer
+    theirs, ours = dict(twin.model.named_parameters()), dict(lab.model.named_parameters())
+    assert theirs.keys() == ours.keys()
+    eyes = {name for name, _ in eye(lab.model)}
+    for name in theirs:
+        assert torch.equal(theirs[name], ours[name]) == (name in eyes) or theirs[name].ndim == 1
+    assert all(torch.equal(theirs[name], value) for name, value in again.model.named_parameters())
+    assert all(torch.equal(value, before[name]) for name, value in lab.model.state_dict().items())
+    board = samples.boards()[0]
+    first = [
+        one.run("Value of red?", images=[board.picture], keep="embed_in").trace
+        for one in (lab, twin)
+    ]
+    pictures = [trace.sel(content="image")["embed_in"].values for trace in first]
+    assert (pictures[0] == pictures[1]).all()
+
+
+def test_seeds_differ_and_text_models_have_twins() -> None:
+    lab = el.load("tiny-text")
+    one, two = untrained_twin(lab, 0), untrained_twin(lab, 1)
+    assert not torch.equal(one.model.embed_VD, two.model.embed_VD)
+    assert 7 < float(one.run("And God said", logits="loss").loss) < 9
