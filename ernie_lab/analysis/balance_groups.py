@@ -31,8 +31,10 @@ from ernie_lab.analysis.token_groups import (
     groups_of,
     layers_of,
     routing_of,
+    strata_of,
+    stratified_draws,
 )
-from ernie_lab.interventions.bootstrap import CONFIDENCE, draws_of, estimate
+from ernie_lab.interventions.bootstrap import CONFIDENCE, estimate
 
 # What no statistic can be beyond, so that an interval cannot either; E - 1 bounds MaxVio.
 _BOUNDS: dict[Statistic, tuple[float, float]] = {
@@ -52,6 +54,7 @@ def balance_by(
     by: By | None = None,
     *,
     documents: By | None = None,
+    strata: By | None = None,
     n_experts: int | None = None,
     draws: int = 1000,
     n_draws: int = 1000,
@@ -80,6 +83,9 @@ def balance_by(
         by: what to group by: a coordinate of the tokens, such as "phase", or one label for each
             token, such as a domain or `position_buckets`. None: all tokens together.
         documents: the document of each token, if it is not its sequence.
+        strata: where the mixture is given, say so many documents of each domain: the label of
+            each document, by token. Documents are then drawn within their stratum, so that the
+            interval is for this mixture and not for one that happens to be drawn.
         draws, n_draws: of the uniform reference, and of documents.
     """
     routing = routing_of(routing)
@@ -89,6 +95,7 @@ def balance_by(
         raise ValueError(f"expert_ids has shape {ids_LNK.shape}, expected (layer, token, slot)")
     groups = groups_of(ids, by)
     document_N, n_documents = documents_of(ids, documents)
+    strata_D = strata_of(ids, strata, document_N, n_documents)
     n_experts = n_experts or n_experts_of(routing)
     rows = {}
     for layer, ids_NK in zip(layers_of(ids), ids_LNK, strict=True):
@@ -99,7 +106,7 @@ def balance_by(
             )
             if counts_DE.any():
                 k = ids_NK.shape[1]
-                rows[layer, name] = _row(counts_DE, k, draws, n_draws, seed)
+                rows[layer, name] = _row(counts_DE, strata_D, k, draws, n_draws, seed)
     if not rows:
         raise ValueError("no token was routed in any layer: nothing is selected")
     return _table(rows)
@@ -141,8 +148,9 @@ def balance_of_counts(
             f"layers {layers} have {slots_L.tolist()} slots, {told_L.tolist()} tokens and k={k}: "
             "each token fills k slots, and no layer may be empty"
         )
+    one_D = np.zeros(len(counts_DLE), dtype=np.int64)
     rows = {
-        (layer, group): _row(counts_DE.astype(np.int64), k, draws, n_draws, seed)
+        (layer, group): _row(counts_DE.astype(np.int64), one_D, k, draws, n_draws, seed)
         for layer, counts_DE in zip(layers, np.moveaxis(counts_DLE, 1, 0), strict=True)
     }
     return _table(rows)
@@ -169,8 +177,12 @@ def interval(value: float, drawn: Floats, bounds: tuple[float, float]) -> tuple[
     return float(low), float(high)
 
 
-def _row(counts_DE: Integers, k: int, draws: int, n_draws: int, seed: int) -> dict[str, Any]:
-    there_DE = counts_DE[counts_DE.any(axis=1)]
+def _row(
+    counts_DE: Integers, strata_D: Integers, k: int, draws: int, n_draws: int, seed: int
+) -> dict[str, Any]:
+    there_D = counts_DE.any(axis=1)
+    there_DE = counts_DE[there_D]
+    drawn_BD = stratified_draws(strata_D[there_D], n_draws, seed)
     total_E, n_experts = there_DE.sum(0), there_DE.shape[1]
     n_tokens = int(total_E.sum()) // k
     row: dict[str, Any] = {
@@ -181,7 +193,7 @@ def _row(counts_DE: Integers, k: int, draws: int, n_draws: int, seed: int) -> di
         "busiest": int(total_E.argmax()),
         "idlest": int(total_E.argmin()),
     }
-    drawn_BE = draws_of(len(there_DE), n_draws, seed) @ there_DE
+    drawn_BE = drawn_BD @ there_DE
     for name, statistic in STATISTICS.items():
         value = float(statistic(total_E))
         chance = multinomial_reference(n_tokens, n_experts, k, name, draws, seed)
@@ -191,7 +203,7 @@ def _row(counts_DE: Integers, k: int, draws: int, n_draws: int, seed: int) -> di
         row |= {name: value, f"{name}_low": low, f"{name}_high": high}
         row |= {f"{name}_uniform_{what}": getattr(chance, what) for what in ("mean", "p05", "p95")}
     of_documents = max_violation(there_DE)
-    mean = estimate(of_documents, np.arange(len(there_DE)), draws_of(len(there_DE), n_draws, seed))
+    mean = estimate(of_documents, np.arange(len(there_DE)), drawn_BD)
     row |= {
         "document_max_violation": mean.value,
         "document_max_violation_low": mean.low,

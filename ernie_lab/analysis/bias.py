@@ -35,8 +35,10 @@ from ernie_lab.analysis.token_groups import (
     layers_of,
     require_same_tokens,
     routing_of,
+    strata_of,
+    stratified_draws,
 )
-from ernie_lab.interventions.bootstrap import CONFIDENCE, draws_of, estimate
+from ernie_lab.interventions.bootstrap import CONFIDENCE, estimate
 from ernie_lab.model.losses import unbiased_choice
 from ernie_lab.trace.routing import require_choice, selection_scores
 
@@ -96,6 +98,7 @@ def bias_ledger(
     without: Any = None,
     *,
     documents: By | None = None,
+    strata: By | None = None,
     n_draws: int = 1000,
     seed: int = 0,
 ) -> BiasLedger:
@@ -106,6 +109,7 @@ def bias_ledger(
             `keep="routing"` does. Its choices must follow from probabilities and bias.
         without: the same tokens run with `edits=el.routing.without_correction_bias()`.
         documents: the document of each token, if it is not its sequence.
+        strata: documents are drawn within these, as in `balance_by`.
 
     Intervals are 95 %, documents drawn with replacement, percentiles for means and the basic
     bootstrap for MaxVio (see `balance_by`). Raises where the choices follow from something else:
@@ -123,7 +127,8 @@ def bias_ledger(
             )
         runs["global"] = other
     document_N, n_documents = documents_of(with_bias.ids, documents)
-    draws = draws_of(n_documents, n_draws, seed)
+    strata_D = strata_of(with_bias.ids, strata, document_N, n_documents)
+    draws = stratified_draws(strata_D, n_draws, seed)
     layer_rows, expert_rows = [], []
     for i, layer in enumerate(layers_of(with_bias.ids)):
         row, experts = _of_layer(i, with_bias, runs, document_N, draws, seed)

@@ -17,6 +17,8 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
+from ernie_lab.interventions.bootstrap import draws_of
+
 Integers: TypeAlias = NDArray[np.int64]
 Floats: TypeAlias = NDArray[np.float64]
 # A name of a coordinate, or one label for each token.
@@ -91,6 +93,27 @@ def documents_of(ids: Any, documents: By | None) -> tuple[Integers, int]:
     if (groups.code_N == _NO_GROUP).any():
         raise ValueError("documents= leaves tokens without a document")
     return groups.code_N, len(groups.names)
+
+
+def strata_of(ids: Any, strata: By | None, document_N: Integers, n_documents: int) -> Integers:
+    """The stratum of each document: the label that all its tokens share; one for all without."""
+    if strata is None:
+        return np.zeros(n_documents, dtype=np.int64)
+    code_N = groups_of(ids, strata).code_N
+    found = np.full(n_documents, _NO_GROUP)
+    found[document_N] = code_N
+    if (found == _NO_GROUP).any() or (found[document_N] != code_N).any():
+        raise ValueError("strata= must have one label for all tokens of a document, and no gaps")
+    return np.asarray(found, dtype=np.int64)
+
+
+def stratified_draws(strata_D: Integers, n_draws: int, seed: int) -> Integers:
+    """How often each document is drawn `[draw d]`: with replacement, within each stratum."""
+    draws = np.zeros((n_draws, len(strata_D)), dtype=np.int64)
+    for stratum in np.unique(strata_D):
+        mine = np.flatnonzero(strata_D == stratum)
+        draws[:, mine] = draws_of(len(mine), n_draws, seed + int(stratum))
+    return draws
 
 
 def token_coordinate(ids: Any, name: str) -> NDArray[Any]:
