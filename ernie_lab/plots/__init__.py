@@ -5,16 +5,20 @@ from ernie_lab.plots.ablation_bars import plot_ablation_bars
 from ernie_lab.plots.attention import plot_attention, plot_attention_heads
 from ernie_lab.plots.attention_statistics import plot_attention_statistics
 from ernie_lab.plots.attribution_bars import plot_attribution
+from ernie_lab.plots.balance import plot_balance
 from ernie_lab.plots.banks import plot_banks
+from ernie_lab.plots.correction_bias import plot_correction_bias
 from ernie_lab.plots.effect_layers import plot_effects_by_layer, plot_routing_drift
 from ernie_lab.plots.effect_plot import plot_effects, plot_mediation
 from ernie_lab.plots.expert_load import plot_expert_load
 from ernie_lab.plots.expert_map import plot_expert_map
 from ernie_lab.plots.expert_on_image import plot_expert_on_image
+from ernie_lab.plots.expert_shift import plot_expert_shift
 from ernie_lab.plots.generation import plot_generation
 from ernie_lab.plots.image_attention import plot_image_attention
 from ernie_lab.plots.image_experts import plot_clip_experts, plot_image_experts
 from ernie_lab.plots.image_values import plot_image_value
+from ernie_lab.plots.margins import plot_margin_flips, plot_margins
 from ernie_lab.plots.modality_attention import plot_modality_attention
 from ernie_lab.plots.report import Section, report
 from ernie_lab.plots.router_token import plot_router_token
@@ -31,17 +35,22 @@ __all__ = [
     "plot_attention_heads",
     "plot_attention_statistics",
     "plot_attribution",
+    "plot_balance",
     "plot_banks",
     "plot_clip_experts",
+    "plot_correction_bias",
     "plot_effects",
     "plot_effects_by_layer",
     "plot_expert_load",
     "plot_expert_map",
     "plot_expert_on_image",
+    "plot_expert_shift",
     "plot_generation",
     "plot_image_attention",
     "plot_image_experts",
     "plot_image_value",
+    "plot_margin_flips",
+    "plot_margins",
     "plot_mediation",
     "plot_modality_attention",
     "plot_router_token",
