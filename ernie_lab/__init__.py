@@ -18,7 +18,7 @@ from ernie_lab.checkpoint import (
     NotEnoughMemory,
     save_model,
 )
-from ernie_lab.experiments import Effects, compare, effects
+from ernie_lab.experiments import Effects, LabComparison, compare, compare_labs, effects
 from ernie_lab.inputs import BatchError, ImageError, PromptError, VideoError
 from ernie_lab.interventions import (
     EditChangedNothingWarning,
@@ -62,6 +62,8 @@ __all__ = [
     "routing",
     "compare",
     "Comparison",
+    "compare_labs",
+    "LabComparison",
     "effects",
     "Effects",
     "Site",

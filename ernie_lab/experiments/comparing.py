@@ -52,7 +52,7 @@ from ernie_lab.trace.provenance import Provenance
 # The logits of two runs and what their losses take, at the same time.
 _LOGITS_AT_ONCE, _BYTES_ON_CPU, _MOST_TOKENS = 3, 1_000_000_000, 4096
 # Of what is saved in parts; another number makes old parts unknown.
-_SCHEMA = 1
+SCHEMA = 1
 
 
 def compare(
@@ -169,10 +169,10 @@ def compared(
     work = Work(
         lab,
         passages,
-        passages.batches(how.batch_tokens or _batch_tokens(lab)),
+        passages.batches(how.batch_tokens or batch_tokens_for(lab)),
         own,
         keep,
-        Parts(how.folder, _SCHEMA, lab, str(lab.dtype), str(lab.device), own, keep),
+        Parts(how.folder, SCHEMA, lab, str(lab.dtype), str(lab.device), own, keep),
     )
     if len(work.batches) > 1:
         refuse_sequences(named)
@@ -299,7 +299,7 @@ def _largest_change(found: Comparison, condition: str) -> float:
     return largest
 
 
-def _batch_tokens(lab: Lab) -> int:
+def batch_tokens_for(lab: Lab) -> int:
     """By what the logits of a base and an edited run take."""
     budget: float = _BYTES_ON_CPU
     if lab.device.type == "cuda":

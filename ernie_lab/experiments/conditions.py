@@ -31,12 +31,14 @@ class BatchRun:
 @dataclass(frozen=True, slots=True)
 class Named:
     """One condition. `of` gives its edits for a batch, `fixed` says them where they are the same
-    for every batch; `identity` is all that they follow from."""
+    for every batch; `identity` is all that they follow from. `other` makes the outcome by other
+    means than edits, from another model, say."""
 
     of: Callable[[BatchRun], tuple[Edit, ...]]
     fixed: tuple[Edit, ...] | None
     identity: Any
     control: bool = False
+    other: Callable[[BatchRun], Outcome] | None = None
 
     @classmethod
     def always(cls, edits: tuple[Edit, ...], control: bool = False) -> Named:

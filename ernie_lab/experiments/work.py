@@ -93,7 +93,10 @@ class Work:
         return BatchRun(tuple(self.batches[batch]), run(()), run)
 
     def _condition(self, members: Sequence[Passage], batch: BatchRun, condition: Named) -> Arrays:
-        edited = batch.run(condition.of(batch))
+        if condition.other is not None:
+            edited = condition.other(batch)
+        else:
+            edited = batch.run(condition.of(batch))
         return measure(batch.base, edited, members, self.own) | _of_edits(edited.run.edits)
 
     def measured(self, name: str, condition: Named) -> Measured:

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 _KIND = "comparison"
 _TABLES = ("tokens", "sequences", "conditions", "routing", "edits", "figures", "noise")
-_WORDS = {
+WORDS = {
     "loss_change": "loss change (nats)",
     "kl": "KL (nats)",
     "top1_agreement": "top-1 agreement",
@@ -68,20 +68,7 @@ class Comparison:
 
         The interval is of the same bootstrap; the floor is that of the whole comparison.
         """
-        import pandas as pd
-
-        for name in (column, metric):
-            if name not in self.tokens:
-                raise KeyError(f"tokens has no column {name!r}; it has {list(self.tokens)}")
-        documents = {name: i for i, name in enumerate(self.tokens["document"].unique())}
-        draws = draws_of(len(documents), self.settings["n_draws"], self.settings["seed"])
-        rows = []
-        for (condition, group), part in self.tokens.groupby(["condition", column], sort=False):
-            document_N = part["document"].map(documents).to_numpy()
-            found = estimate(part[metric].to_numpy(dtype=float), document_N, draws)
-            rows.append((condition, group, found.n, found.value, found.low, found.high))
-        names = ["condition", column, "n_tokens", metric, f"{metric}_low", f"{metric}_high"]
-        table = pd.DataFrame(rows, columns=pd.Index(names))
+        table = by_column(self.tokens, ["condition", column], metric, self.settings)
         if f"{metric}_floor" in self.conditions:
             table[f"{metric}_floor"] = self.conditions[f"{metric}_floor"].iloc[0]
         return table
@@ -147,7 +134,7 @@ class Comparison:
         )
 
     def _shown(self) -> list[list[str]]:
-        table = [["condition", *(_WORDS.get(name, name) for name in self.metrics), "changed"]]
+        table = [["condition", *(WORDS.get(name, name) for name in self.metrics), "changed"]]
         for condition, row in self.conditions.iterrows():
             name = f"{condition} (control)" if row["control"] else str(condition)
             cells = [self._cell(metric, row) for metric in self.metrics]
@@ -168,6 +155,26 @@ class Comparison:
             size = 1 - floor if metric == "top1_agreement" else floor
             cell += f" ±{size:.1g}" + ("*" if exceeds(metric, value, floor) else "")
         return cell
+
+
+def by_column(
+    tokens: pd.DataFrame, columns: list[str], metric: str, settings: Mapping[str, Any]
+) -> pd.DataFrame:
+    """Means of a token metric for each value of the columns, with the intervals of `settings`."""
+    import pandas as pd
+
+    for name in (*columns, metric):
+        if name not in tokens:
+            raise KeyError(f"tokens has no column {name!r}; it has {list(tokens)}")
+    documents = {name: i for i, name in enumerate(tokens["document"].unique())}
+    draws = draws_of(len(documents), settings["n_draws"], settings["seed"])
+    rows = []
+    for group, part in tokens.groupby(columns, sort=False):
+        document_N = part["document"].map(documents).to_numpy()
+        found = estimate(part[metric].to_numpy(dtype=float), document_N, draws)
+        rows.append((*group, found.n, found.value, found.low, found.high))
+    names = [*columns, "n_tokens", metric, f"{metric}_low", f"{metric}_high"]
+    return pd.DataFrame(rows, columns=pd.Index(names))
 
 
 def metric_names(own: Mapping[str, Any]) -> None:

@@ -24,6 +24,8 @@ NAMES = [
     "routing",
     "compare",
     "Comparison",
+    "compare_labs",
+    "LabComparison",
     "effects",
     "Effects",
     "Site",
