@@ -20,6 +20,7 @@ from ernie_lab.plots.image_experts import plot_clip_experts, plot_image_experts
 from ernie_lab.plots.image_values import plot_image_value
 from ernie_lab.plots.margins import plot_margin_flips, plot_margins
 from ernie_lab.plots.modality_attention import plot_modality_attention
+from ernie_lab.plots.next_tokens import plot_next_tokens
 from ernie_lab.plots.report import Section, report
 from ernie_lab.plots.router_token import plot_router_token
 from ernie_lab.plots.swap_effects import plot_swap_effects
@@ -53,6 +54,7 @@ __all__ = [
     "plot_margins",
     "plot_mediation",
     "plot_modality_attention",
+    "plot_next_tokens",
     "plot_router_token",
     "plot_routing_drift",
     "plot_swap_effects",

@@ -254,3 +254,18 @@ def test_large_figures_stay_readable():
     view = plots.plot_effects_by_layer(comparison(rows), lines)
     assert len(view.figure.axes[0].get_xticklabels()) == 27
     assert len(view.png()) < 250_000
+
+
+def test_next_tokens_side_by_side():
+    table = pd.DataFrame({"token": [" yes", "<b>"], "base": [0.75, 0.1], "edited": [0.25, 0.5]})
+    view = plots.plot_next_tokens(table, actual="<b>", model="m")
+    ax = view.figure.axes[0]
+    assert [bar.get_width() for bar in ax.patches] == [0.75, 0.1, 0.25, 0.5]
+    ticks = ax.get_yticklabels()
+    assert [t.get_text() for t in ticks] == ["␣yes", "<b>"]
+    assert [t.get_fontweight() for t in ticks] == ["normal", "bold"]
+    assert "Bold: how the text goes on" in view.caption and " yes 0.75 intact" in view.alt
+    with pytest.raises(ValueError, match="no column edited"):
+        plots.plot_next_tokens(table.drop(columns="edited"))
+    with pytest.raises(ValueError, match="0 tokens"):
+        plots.plot_next_tokens(table.head(0))
