@@ -8,6 +8,7 @@ from ernie_lab.plots.attribution_bars import plot_attribution
 from ernie_lab.plots.balance import plot_balance
 from ernie_lab.plots.banks import plot_banks
 from ernie_lab.plots.correction_bias import plot_correction_bias
+from ernie_lab.plots.domain_load import plot_domain_load
 from ernie_lab.plots.effect_layers import plot_effects_by_layer, plot_routing_drift
 from ernie_lab.plots.effect_plot import plot_effects, plot_mediation
 from ernie_lab.plots.expert_load import plot_expert_load
@@ -23,7 +24,10 @@ from ernie_lab.plots.modality_attention import plot_modality_attention
 from ernie_lab.plots.next_tokens import plot_next_tokens
 from ernie_lab.plots.report import Section, report
 from ernie_lab.plots.router_token import plot_router_token
+from ernie_lab.plots.saturation import plot_saturation
+from ernie_lab.plots.specialisation_nulls import plot_specialisation
 from ernie_lab.plots.swap_effects import plot_swap_effects
+from ernie_lab.plots.token_null import plot_token_null
 from ernie_lab.plots.token_text import TokenHTML, token_html
 from ernie_lab.plots.view import View
 
@@ -40,6 +44,7 @@ __all__ = [
     "plot_banks",
     "plot_clip_experts",
     "plot_correction_bias",
+    "plot_domain_load",
     "plot_effects",
     "plot_effects_by_layer",
     "plot_expert_load",
@@ -57,7 +62,10 @@ __all__ = [
     "plot_next_tokens",
     "plot_router_token",
     "plot_routing_drift",
+    "plot_saturation",
+    "plot_specialisation",
     "plot_swap_effects",
+    "plot_token_null",
     "report",
     "token_html",
     "visible",
