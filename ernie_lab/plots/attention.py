@@ -78,7 +78,7 @@ def plot_attention(
             _caption(model, n_queries, n_keys, factors, label, bool(masked.any()))
             if caption is None
             else caption,
-            _alt(map_ST, rows, f"layer {layer}, head {head}", model),
+            map_in_words(map_ST, rows, f"layer {layer}, head {head}", model),
             f"Tokens shown as boxes: {label.full}" if label and label.boxed else "",
         )
 
@@ -145,7 +145,7 @@ def plot_attention_heads(
             if caption is None
             else caption,
             " ".join(
-                _alt(map_ST, rows, f"layer {layer}, head {number}", "")
+                map_in_words(map_ST, rows, f"layer {layer}, head {number}", "")
                 for number, map_ST in zip(numbers[:4], maps_HST, strict=False)
             )
             + (f" And {n_heads - 4} more heads." if n_heads > 4 else ""),
@@ -274,7 +274,7 @@ def _caption(
     ).strip()
 
 
-def _alt(map_ST: Floats, rows: list[int], what: str, model: str) -> str:
+def map_in_words(map_ST: Floats, rows: list[int], what: str, model: str) -> str:
     """Where the mass goes, in words: first key, the token itself, the one before."""
     usable = [(i, q) for i, q in enumerate(rows) if 0 < q < map_ST.shape[1]]
     if not usable:
