@@ -49,6 +49,7 @@ from ernie_lab.analysis.isolation import (
 )
 from ernie_lab.analysis.lens import Lens, expert_lens, expert_lens_sites, lens_logits, logit_lens
 from ernie_lab.analysis.margins import flips_by_margin, margin_table, score_noise, set_flips
+from ernie_lab.analysis.modality_isolation import ModalityIsolation, modality_isolation
 from ernie_lab.analysis.nulls import untrained_twin
 from ernie_lab.analysis.olmoe import domain_specialisation, vocabulary_specialisation
 from ernie_lab.analysis.paths import frequent_paths, path_counts, path_information, path_steps
@@ -65,6 +66,8 @@ from ernie_lab.analysis.token_groups import position_buckets
 from ernie_lab.analysis.token_null import token_id_null
 
 __all__ = [
+    "ModalityIsolation",
+    "modality_isolation",
     "AttentionMass",
     "Attribution",
     "BiasLedger",

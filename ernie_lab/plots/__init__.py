@@ -7,7 +7,9 @@ from ernie_lab.plots.attention_statistics import plot_attention_statistics
 from ernie_lab.plots.attribution_bars import plot_attribution
 from ernie_lab.plots.balance import plot_balance
 from ernie_lab.plots.banks import plot_banks
+from ernie_lab.plots.cka import plot_layer_cka, plot_paired_cka
 from ernie_lab.plots.correction_bias import plot_correction_bias
+from ernie_lab.plots.counterfactual import plot_counterfactual
 from ernie_lab.plots.domain_load import plot_domain_load
 from ernie_lab.plots.effect_layers import plot_effects_by_layer, plot_routing_drift
 from ernie_lab.plots.effect_plot import plot_effects, plot_mediation
@@ -19,12 +21,15 @@ from ernie_lab.plots.generation import plot_generation
 from ernie_lab.plots.image_attention import plot_image_attention
 from ernie_lab.plots.image_experts import plot_clip_experts, plot_image_experts
 from ernie_lab.plots.image_values import plot_image_value
+from ernie_lab.plots.isolation import plot_isolation
 from ernie_lab.plots.margins import plot_margin_flips, plot_margins
 from ernie_lab.plots.modality_attention import plot_modality_attention
 from ernie_lab.plots.next_tokens import plot_next_tokens
 from ernie_lab.plots.report import Section, report
+from ernie_lab.plots.residual_geometry import plot_residual_geometry
 from ernie_lab.plots.router_token import plot_router_token
 from ernie_lab.plots.saturation import plot_saturation
+from ernie_lab.plots.shared_ratio import plot_shared_ratio
 from ernie_lab.plots.specialisation_nulls import plot_specialisation
 from ernie_lab.plots.swap_effects import plot_swap_effects
 from ernie_lab.plots.token_null import plot_token_null
@@ -32,6 +37,12 @@ from ernie_lab.plots.token_text import TokenHTML, token_html
 from ernie_lab.plots.view import View
 
 __all__ = [
+    "plot_counterfactual",
+    "plot_isolation",
+    "plot_layer_cka",
+    "plot_paired_cka",
+    "plot_residual_geometry",
+    "plot_shared_ratio",
     "Section",
     "TokenHTML",
     "View",
