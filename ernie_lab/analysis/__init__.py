@@ -32,6 +32,7 @@ from ernie_lab.analysis.counterfactual import cross_bank_counterfactual, cross_b
 from ernie_lab.analysis.decomposition import Decomposition, decompose, decomposition_sites
 from ernie_lab.analysis.direct import direct_logit_attribution, neuron_attribution
 from ernie_lab.analysis.expert_information import expert_information
+from ernie_lab.analysis.expert_matching import ExpertMatching, match_experts
 from ernie_lab.analysis.expert_similarity import expert_output_similarity, matched_neurons
 from ernie_lab.analysis.geometry import router_geometry, router_similarity
 from ernie_lab.analysis.gradients import (
@@ -57,6 +58,7 @@ from ernie_lab.analysis.residual_geometry import ResidualGeometry, residual_geom
 from ernie_lab.analysis.router_alignment import router_alignment
 from ernie_lab.analysis.router_attribution import router_attribution, router_attribution_sites
 from ernie_lab.analysis.router_losses import router_losses
+from ernie_lab.analysis.routing_diff import RoutingDiff, routing_diff
 from ernie_lab.analysis.saturation import router_saturation, set_agreement
 from ernie_lab.analysis.search import Contexts, find
 from ernie_lab.analysis.shared_ratio import shared_to_routed
@@ -74,12 +76,14 @@ __all__ = [
     "Contexts",
     "Dead",
     "Decomposition",
+    "ExpertMatching",
     "GradientAttribution",
     "IsolationReport",
     "LayerCKA",
     "Lens",
     "Reference",
     "ResidualGeometry",
+    "RoutingDiff",
     "Specialisation",
     "activation_gradient",
     "attention_distances",
@@ -125,6 +129,7 @@ __all__ = [
     "load",
     "logit_lens",
     "margin_table",
+    "match_experts",
     "matched_neurons",
     "max_violation",
     "multinomial_reference",
@@ -146,6 +151,7 @@ __all__ = [
     "router_losses",
     "router_saturation",
     "router_similarity",
+    "routing_diff",
     "score_noise",
     "set_agreement",
     "set_flips",
