@@ -127,7 +127,7 @@ def _print_sites(config: ModelConfig, every: bool) -> None:
 
 def _run(options: argparse.Namespace) -> None:
     from ernie_lab.loading import load
-    from ernie_lab.report import Reported, reportable, routing_report
+    from ernie_lab.plots.trace_report import Reported, reportable, routing_report
 
     if (options.out / "trace").exists():
         raise FileExistsError(f"{options.out / 'trace'} exists already; choose another --out")

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
+from typing import Any
 
 from ernie_lab.loading import load
-from ernie_lab.report import Reported, routing_report
+from ernie_lab.plots.trace_report import Reported, routing_report
 
 TEXTS = {
     "English": "And God said unto him, Behold, I will give thee the land, and thou shalt",
@@ -40,10 +41,7 @@ def demo(out: Path, source: str = "tiny-text") -> list[Path]:
 
 
 def executed(notebook: Path, target: Path) -> Path:
-    """Execute a notebook from top to bottom in its own folder and write it, outputs included.
-
-    Without widget state, which keeps viewers from showing pictures, and without time stamps.
-    """
+    """Execute a notebook from top to bottom in its own folder and write it `as_committed`."""
     import nbformat
     from nbclient import NotebookClient
 
@@ -54,8 +52,19 @@ def executed(notebook: Path, target: Path) -> Path:
         resources={"metadata": {"path": notebook.parent}},
         extra_arguments=["--log-level=ERROR"],
     ).execute()
+    nbformat.write(as_committed(book), target)
+    return target
+
+
+def as_committed(book: Any) -> Any:
+    """Without live widgets and their state, and without time stamps; changes `book`.
+
+    Widget state keeps viewers from showing pictures. A widget without its kernel is an error
+    message in JupyterLab; when it is gone, the picture beside it is shown.
+    """
     book.metadata.pop("widgets", None)
     for cell in book.cells:
         cell.metadata.pop("execution", None)
-    nbformat.write(book, target)
-    return target
+        for output in cell.get("outputs", []):
+            output.get("data", {}).pop("application/vnd.jupyter.widget-view+json", None)
+    return book

