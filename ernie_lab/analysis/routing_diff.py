@@ -85,13 +85,13 @@ class RoutingDiff:
         return f"<div>{html.escape(self._head())}{table}</div>"
 
     def _head(self) -> str:
-        n = self.flips.sizes["token"]
+        n, documents = self.flips.sizes["token"], self.n_documents
         diverge = 100 * float(np.isfinite(self.first_layer.values).mean())
         return (
-            f"RoutingDiff of {n} tokens of {self.n_documents} documents, {len(self.by_layer)} "
-            f"layers, {self.k} of {self.n_experts} experts: {diverge:.3g} % of tokens diverge in "
-            f"some layer; mean set flips {float(self.flips.mean()):.4g} (two lots: "
-            f"{self.by_lot:.3g})"
+            f"RoutingDiff of {n} tokens of {documents} document{'s' * (documents > 1)}, "
+            f"{len(self.by_layer)} layers, {self.k} of {self.n_experts} experts: {diverge:.3g} % "
+            f"of tokens diverge in some layer; mean set flips {float(self.flips.mean()):.4g} "
+            f"(two lots: {self.by_lot:.3g})"
         )
 
 

@@ -28,6 +28,7 @@ from ernie_lab.plots.next_tokens import plot_next_tokens
 from ernie_lab.plots.report import Section, report
 from ernie_lab.plots.residual_geometry import plot_residual_geometry
 from ernie_lab.plots.router_token import plot_router_token
+from ernie_lab.plots.routing_diff import plot_routing_diff
 from ernie_lab.plots.saturation import plot_saturation
 from ernie_lab.plots.shared_ratio import plot_shared_ratio
 from ernie_lab.plots.specialisation_nulls import plot_specialisation
@@ -72,6 +73,7 @@ __all__ = [
     "plot_modality_attention",
     "plot_next_tokens",
     "plot_router_token",
+    "plot_routing_diff",
     "plot_routing_drift",
     "plot_saturation",
     "plot_specialisation",
