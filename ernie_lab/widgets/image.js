@@ -39,7 +39,7 @@ function render({ model, el }) {
       "Keys on the picture: arrows next patch, l / L next / previous layer, Esc no expert." }),
     make("div", { className: "ernie-bar" }, image, layer, frame, value, slot),
     body);
-  root.setAttribute("data-lm-suppress-shortcuts", "true");
+  ownKeys(root);
   el.append(root);
 
   const picture = () => get("picture");
@@ -247,7 +247,6 @@ function render({ model, el }) {
     };
     if (!acts[event.key] || event.ctrlKey || event.metaKey || event.altKey) return;
     event.preventDefault();
-    event.stopPropagation();
     acts[event.key]();
   };
 

@@ -56,6 +56,7 @@ function slider(name, className, values, get, set) {
   more.onclick = () => step(1);
   input.oninput = () => set(values()[Number(input.value)]);
   const node = make("span", { className: "ernie-picker" }, `${name} `, less, input, more, shown);
+  ownKeys(node);
   node.show = (words) => {
     input.max = values().length - 1;
     input.value = values().indexOf(get());
@@ -118,3 +119,9 @@ function listener(model) {
 }
 
 const percent = (part, whole) => `${((100 * part) / Math.max(1, whole)).toFixed(1)} %`;
+
+// JupyterLab reads arrows and letters as its own (another cell), and keeps them from sliders as well.
+function ownKeys(root) {
+  root.setAttribute("data-lm-suppress-shortcuts", "true");
+  root.addEventListener("keydown", (event) => event.stopPropagation());
+}

@@ -39,8 +39,7 @@ function render({ model, el }) {
     make("div", { className: "ernie-body" },
       make("div", {}, header, scroll, status), make("div", {}, above, strip),
       make("div", { className: "ernie-side" }, ofToken, ofExpert)));
-  // JupyterLab's own keys (arrows move between cells) stay out.
-  root.setAttribute("data-lm-suppress-shortcuts", "true");
+  ownKeys(root);
   el.append(root);
   above.style.cssText = `height:${HEAD}px;width:${STRIP}px`;
 
@@ -297,7 +296,6 @@ function render({ model, el }) {
     };
     if (!acts[event.key] || event.ctrlKey || event.metaKey || event.altKey) return;
     event.preventDefault();
-    event.stopPropagation();
     acts[event.key]();
   };
   find.onkeydown = (event) => {
