@@ -18,6 +18,7 @@ from ernie_lab.checkpoint import (
     NotEnoughMemory,
     save_model,
 )
+from ernie_lab.corpus import CorpusError, RecordPlan, RoutingStore
 from ernie_lab.experiments import Effects, LabComparison, compare, compare_labs, effects
 from ernie_lab.inputs import BatchError, ImageError, PromptError, VideoError
 from ernie_lab.interventions import (
@@ -66,12 +67,15 @@ __all__ = [
     "LabComparison",
     "effects",
     "Effects",
+    "RecordPlan",
+    "RoutingStore",
     "Site",
     "all_sites",
     "save_model",
     "BatchError",
     "CheckpointError",
     "ConfigError",
+    "CorpusError",
     "EditChangedNothingWarning",
     "EditError",
     "ImageError",

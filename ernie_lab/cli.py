@@ -1,4 +1,4 @@
-"""The command line: `ernie-lab demo | info | run`."""
+"""The command line: `ernie-lab demo | info | run | record`."""
 
 from __future__ import annotations
 
@@ -16,6 +16,8 @@ from ernie_lab.checkpoint import (
     read_config_file,
 )
 from ernie_lab.checkpoint.config import ModelConfig
+from ernie_lab.corpus.folder import CorpusError
+from ernie_lab.lab import Lab
 from ernie_lab.organisms.builtin import BuiltinError
 from ernie_lab.sites import SiteError
 from ernie_lab.trace.budget import TraceTooLarge
@@ -25,11 +27,13 @@ EXPECTED = (
     BuiltinError,
     CheckpointError,
     ConfigError,
+    CorpusError,
     ModelUnavailable,
     NotEnoughMemory,
     SiteError,
     TraceTooLarge,
     FileExistsError,
+    ImportError,
     ValueError,
 )
 
@@ -72,12 +76,29 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("--max-new-tokens", type=int, default=0, help="0: one forward pass")
     run.add_argument("--temperature", type=float, help="0 is greedy")
     run.add_argument("--seed", type=int, default=0)
-    run.add_argument("--device", help="cpu, cuda, cuda:1 …")
-    run.add_argument("--dtype", help="float32, bfloat16, float16")
-    run.add_argument("--revision", help="branch, tag or commit on the hub")
-    _add_ignore(run)
+    _add_loading(run)
     run.set_defaults(command=_run)
+
+    record = commands.add_parser(
+        "record", help="record the routing of a corpus; run again, it goes on where it stopped"
+    )
+    record.add_argument("source", help="built-in name, folder or hub id")
+    record.add_argument("corpus", type=Path, help=".txt, .jsonl, .parquet, or a folder of these")
+    record.add_argument("--out", type=Path, required=True, help="folder of the recording")
+    record.add_argument("--rows", choices=["ids", "ids+weights"], help="also a row per token")
+    record.add_argument("--unit-tokens", type=int, default=100_000, help="committed as one")
+    record.add_argument("--max-length", type=int, default=4096, help="longer texts are cut")
+    record.add_argument("--batch-tokens", type=int, default=16_384, help="of one forward")
+    _add_loading(record)
+    record.set_defaults(command=_record)
     return parser
+
+
+def _add_loading(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--device", help="cpu, cuda, cuda:1 …")
+    command.add_argument("--dtype", help="float32, bfloat16, float16")
+    command.add_argument("--revision", help="branch, tag or commit on the hub")
+    _add_ignore(command)
 
 
 def _add_ignore(command: argparse.ArgumentParser) -> None:
@@ -125,19 +146,39 @@ def _print_sites(config: ModelConfig, every: bool) -> None:
         print(f"{site.path:40}{site.dims:10}{site.dtype:9}{site.meaning}")
 
 
-def _run(options: argparse.Namespace) -> None:
+def _load(options: argparse.Namespace) -> Lab:
     from ernie_lab.loading import load
-    from ernie_lab.plots.trace_report import Reported, reportable, routing_report
 
-    if (options.out / "trace").exists():
-        raise FileExistsError(f"{options.out / 'trace'} exists already; choose another --out")
-    lab = load(
+    return load(
         options.source,
         device=options.device,
         dtype=options.dtype,
         revision=options.revision,
         ignore=options.ignore,
     )
+
+
+def _record(options: argparse.Namespace) -> None:
+    from ernie_lab.corpus import RecordPlan
+
+    plan = RecordPlan(
+        model=_load(options),
+        corpus=options.corpus,
+        folder=options.out,
+        unit_tokens=options.unit_tokens,
+        max_length=options.max_length,
+        batch_tokens=options.batch_tokens,
+        rows=options.rows,
+    )
+    print(plan.run())
+
+
+def _run(options: argparse.Namespace) -> None:
+    from ernie_lab.plots.trace_report import Reported, reportable, routing_report
+
+    if (options.out / "trace").exists():
+        raise FileExistsError(f"{options.out / 'trace'} exists already; choose another --out")
+    lab = _load(options)
     keep, generated = options.keep or ["routing"], None
     if options.max_new_tokens:
         gen = lab.generate(

@@ -113,3 +113,18 @@ def test_info_passes_over_fields_by_name(
     assert main(["info", str(folder)]) == 2
     assert "--ignore mood" in capsys.readouterr().err
     assert main(["info", str(folder), "--ignore", "mood"]) == 0
+
+
+def test_record_goes_on_and_refuses_another_plan(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "c.jsonl").write_text('{"text": "And God said", "domain": "prose"}\n' * 5)
+    record = ["record", "tiny-text", str(tmp_path / "c.jsonl"), "--out", str(tmp_path / "r")]
+    assert main([*record, "--unit-tokens", "6", "--rows", "ids"]) == 0
+    assert "domains: prose" in capsys.readouterr().out
+    assert main([*record, "--unit-tokens", "6", "--rows", "ids"]) == 0
+    assert main([*record, "--unit-tokens", "9", "--rows", "ids"]) == 2
+    assert "another plan (unit_tokens: 6, now 9)" in capsys.readouterr().err
+    assert main(["record", "tiny-text", str(tmp_path / "no"), "--out", str(tmp_path / "q")]) == 2
+    assert "no such file or folder" in capsys.readouterr().err
+    assert el.RoutingStore(tmp_path / "r").plan["rows"] == "ids"

@@ -1,0 +1,134 @@
+"""The folder of a recording: units committed whole, and what was asked for.
+
+A unit is its statistics file; that is written last, so its rows are there before it counts. Names
+follow from the unit's number alone: whoever writes a unit twice writes the same file, and nothing
+is ever counted twice. Totals come from these files, never from what a worker reported.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+SCHEMA = "ernie_lab.routing/1"
+PLAN = "plan.json"
+_TEMPORARY = ".tmp-"
+
+
+class CorpusError(RuntimeError):
+    """A corpus, folder or plan that cannot be recorded or continued."""
+
+
+class CorpusIncomplete(CorpusError):
+    """Some units failed; the others are committed, and a further run tries these again."""
+
+
+@dataclass(frozen=True, slots=True)
+class Folder:
+    """Paths of a recording. `plan.json`, `units/000000.safetensors`, `.parquet`, `failed/`."""
+
+    path: Path
+
+    @property
+    def units(self) -> Path:
+        return self.path / "units"
+
+    @property
+    def failed(self) -> Path:
+        return self.path / "failed"
+
+    def statistics(self, number: int) -> Path:
+        return self.units / f"{number:06d}.safetensors"
+
+    def rows(self, number: int) -> Path:
+        return self.units / f"{number:06d}.parquet"
+
+    def failure(self, number: int) -> Path:
+        return self.failed / f"{number:06d}.json"
+
+    def committed(self) -> list[int]:
+        """Numbers of the units that are there, rising."""
+        names = [file.stem for file in self.units.glob("*.safetensors")]
+        return sorted(int(name) for name in names if re.fullmatch(r"\d{6,}", name))
+
+    def failures(self) -> dict[int, dict[str, Any]]:
+        there = set(self.committed())
+        found = {int(file.stem): file for file in self.failed.glob("*.json")}
+        return {
+            n: json.loads(file.read_text()) for n, file in sorted(found.items()) if n not in there
+        }
+
+    def plan(self) -> dict[str, Any]:
+        try:
+            content = json.loads((self.path / PLAN).read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            raise CorpusError(f"{self.path} is no recording: it has no {PLAN}") from None
+        except json.JSONDecodeError as error:
+            raise CorpusError(f"{self.path / PLAN} is damaged: {error}") from None
+        if content.get("schema") != SCHEMA:
+            raise CorpusError(
+                f"{self.path} has schema {content.get('schema')!r}, this ernie_lab reads {SCHEMA!r}"
+            )
+        return dict(content)
+
+    def open(self, asked: Mapping[str, Any]) -> None:
+        """Begin a recording, or go on with the one that is there if it was asked the same.
+
+        `asked` is all that its numbers depend on.
+        """
+        try:
+            self.units.mkdir(parents=True, exist_ok=True)
+            for stale in self.units.glob(f"{_TEMPORARY}*"):
+                stale.unlink(missing_ok=True)
+            if not (self.path / PLAN).exists():
+                if self.committed():
+                    raise CorpusError(f"{self.path} has units but no {PLAN}; name another folder")
+                write(self.path / PLAN, json.dumps({"schema": SCHEMA, **asked}, indent=1).encode())
+                return
+        except OSError as error:
+            raise CorpusError(f"{self.path} cannot be written to: {error}") from error
+        there = self.plan()
+        changed = [name for name in asked if there.get(name) != asked[name]]
+        if changed:
+            shown = "; ".join(f"{n}: {there.get(n)!r}, now {asked[n]!r}" for n in changed)
+            raise CorpusError(
+                f"{self.path} holds a recording of another plan ({shown[:600]}). Go on with the "
+                "same plan, or name another folder; nothing was changed"
+            )
+
+    def fail(self, number: int, facts: Mapping[str, Any]) -> None:
+        self.failed.mkdir(exist_ok=True)
+        write(self.failure(number), json.dumps(facts, indent=1).encode())
+
+
+def write(path: Path, data: bytes) -> None:
+    with committed(path) as scratch:
+        scratch.write_bytes(data)
+
+
+@contextmanager
+def committed(path: Path) -> Iterator[Path]:
+    """A scratch file that becomes `path` when the block ends, on disk before it does.
+
+    After an error nothing is left of it: neither a half file nor an old one replaced.
+    """
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=_TEMPORARY, suffix=path.suffix)
+    os.close(handle)
+    scratch = Path(name)
+    try:
+        yield scratch
+        with scratch.open("rb+") as file:
+            os.fsync(file.fileno())
+        scratch.chmod(0o644)
+        scratch.replace(path)
+    except BaseException:
+        with suppress(OSError):
+            scratch.unlink(missing_ok=True)
+        raise

@@ -1,0 +1,242 @@
+"""`RoutingStore`: a recording of a corpus, read back. Numbers come from committed files alone."""
+
+from __future__ import annotations
+
+from functools import cached_property
+from os import PathLike
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+
+import numpy as np
+
+from ernie_lab.corpus.folder import CorpusError, Folder
+from ernie_lab.corpus.record import read_facts, read_statistics
+from ernie_lab.corpus.statistics import BUCKETS, CONTENT, FIXED, PER_OCTAVE, Statistics
+from ernie_lab.corpus.stored_rows import StoredRouting, StoredRows
+
+if TYPE_CHECKING:
+    import pandas as pd
+    import xarray as xr
+
+By: TypeAlias = Literal["domain", "position", "content"]
+
+_SHOWN = ("n_tokens", "n_windows", "seconds")
+
+
+class RoutingStore:
+    """What `RecordPlan.run` committed into a folder; opens without the model, also while it runs.
+
+    Statistics are merged once, at first use, a unit at a time. In a vision-language model every
+    question takes `bank="text"` or `"vision"`.
+    """
+
+    def __init__(self, folder: str | PathLike[str]) -> None:
+        self._folder = Folder(Path(folder).expanduser())
+        self.plan = self._folder.plan()
+
+    @property
+    def path(self) -> Path:
+        return self._folder.path
+
+    def status(self) -> pd.DataFrame:
+        """One row per committed unit: tokens, windows, seconds, rate; `attrs` has the failed."""
+        import pandas as pd
+
+        rows = []
+        for number in self._folder.committed():
+            facts = read_facts(self._folder.statistics(number))
+            rows.append(
+                {"unit": number, **{n: facts[n] for n in ("n_tokens", "n_windows", "seconds")}}
+            )
+        table = pd.DataFrame(rows, columns=pd.Index(["unit", "n_tokens", "n_windows", "seconds"]))
+        table = table.set_index("unit")
+        table["tokens_per_second"] = table["n_tokens"] / table["seconds"]
+        table.attrs["failed"] = {n: told["error"] for n, told in self._folder.failures().items()}
+        return table
+
+    @cached_property
+    def _merged(self) -> dict[str, Statistics]:
+        numbers = self._folder.committed()
+        if not numbers:
+            raise CorpusError(f"{self.path} holds no committed unit yet")
+        merged = read_statistics(self._folder.statistics(numbers[0]))
+        for number in numbers[1:]:
+            other = read_statistics(self._folder.statistics(number))
+            merged = {bank: one.merged(other[bank]) for bank, one in merged.items()}
+        return merged
+
+    @property
+    def banks(self) -> tuple[str, ...]:
+        return tuple(self._merged)
+
+    def _bank(self, bank: str | None) -> str:
+        if bank is None and len(self.banks) > 1:
+            raise ValueError(
+                "this model has two banks of experts, and expert 5 of the one is not expert 5 of "
+                "the other; give bank='text' or bank='vision'"
+            )
+        if bank is not None and bank not in self.banks:
+            raise ValueError(f"bank={bank!r}: this recording has {' and '.join(self.banks)}")
+        return bank or self.banks[0]
+
+    def statistics(self, bank: str | None = None) -> Statistics:
+        """The integers themselves, of one bank."""
+        return self._merged[self._bank(bank)]
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        return self._merged[self.banks[0]].shape.layers
+
+    @property
+    def n_experts(self) -> int:
+        return self._merged[self.banks[0]].shape.n_experts
+
+    @property
+    def n_chosen(self) -> int:
+        return self._merged[self.banks[0]].shape.n_chosen
+
+    def counts(self, by: By | None = None, bank: str | None = None) -> xr.DataArray:
+        """Slots that went to each expert, (layer, expert), or (layer, domain | position | content,
+        expert); `attrs["n_tokens"]` are the tokens of the bank."""
+        import xarray as xr
+
+        found = self.statistics(bank)
+        shape, counts_LGPE = found.shape, found.sums["counts"].numpy()
+        coords: dict[str, Any] = {"layer": list(shape.layers), "expert": np.arange(shape.n_experts)}
+        dims: tuple[str, ...] = ("layer", "expert") if by is None else ("layer", by, "expert")
+        if by is None:
+            values = counts_LGPE.sum((1, 2))
+        elif by == "domain":
+            values, coords["domain"] = counts_LGPE.sum(2), list(shape.domains)
+        elif by == "position":
+            values, coords["position"] = counts_LGPE.sum(1), list(BUCKETS)
+        elif by == "content":
+            values, coords["content"] = found.sums["content_counts"].numpy(), list(CONTENT)
+        else:
+            raise ValueError(f"by={by!r} must be None, 'domain', 'position' or 'content'")
+        attrs = {"n_tokens": found.n_tokens, "k": shape.n_chosen, "bank": bank or ""}
+        return xr.DataArray(values, dims=dims, coords=coords, name="slots", attrs=attrs)
+
+    def load(self, by: By | None = None, bank: str | None = None) -> xr.DataArray:
+        """`counts` as shares of all slots of the layer (and group): they sum to 1 over experts."""
+        counts = self.counts(by, bank)
+        total = counts.sum("expert")
+        return (counts / total.where(total > 0)).rename("load").assign_attrs(counts.attrs)
+
+    def router_probs(self, by_domain: bool = False, bank: str | None = None) -> xr.DataArray:
+        """Mean probability of each expert, (layer, expert) or (layer, domain, expert)."""
+        import xarray as xr
+
+        found = self.statistics(bank)
+        sums_LGE = self._sum(found, "probabilities").astype(np.float64) / FIXED
+        tokens_LG = found.sums["tokens"].sum(-1).numpy()
+        dims: tuple[str, ...] = ("layer", "domain", "expert")
+        coords: dict[str, Any] = {
+            "layer": list(found.shape.layers), "domain": list(found.shape.domains),
+            "expert": np.arange(found.shape.n_experts),
+        }  # fmt: skip
+        if not by_domain:
+            sums_LGE, tokens_LG = sums_LGE.sum(1), tokens_LG.sum(1)
+            dims = ("layer", "expert")
+            del coords["domain"]
+        with np.errstate(invalid="ignore", divide="ignore"):
+            values = sums_LGE / tokens_LG[..., None]
+        return xr.DataArray(values, dims=dims, coords=coords, name="router_probs")
+
+    def coactivation(self, bank: str | None = None) -> xr.DataArray:
+        """Tokens that went to both experts, (layer, expert, other); on the diagonal, to one."""
+        import xarray as xr
+
+        found = self.statistics(bank)
+        numbers = np.arange(found.shape.n_experts)
+        coords = {"layer": list(found.shape.layers), "expert": numbers, "other": numbers}
+        values = self._sum(found, "coactivation")
+        return xr.DataArray(values, dims=("layer", "expert", "other"), coords=coords, name="tokens")
+
+    def transitions(self, bank: str | None = None) -> xr.DataArray:
+        """First choices of consecutive mixture layers, (layer, expert, next): `layer` the first."""
+        import xarray as xr
+
+        found = self.statistics(bank)
+        numbers = np.arange(found.shape.n_experts)
+        coords = {"layer": list(found.shape.layers[:-1]), "expert": numbers, "next": numbers}
+        values = self._sum(found, "transitions")
+        return xr.DataArray(values, dims=("layer", "expert", "next"), coords=coords, name="tokens")
+
+    def histogram(self, of: Literal["entropy", "margin"], bank: str | None = None) -> xr.DataArray:
+        """Tokens by entropy of the router (over log E) or margin, (layer, domain, bin).
+
+        The coordinate `bin` is the lower end of each bin.
+        """
+        import xarray as xr
+
+        found = self.statistics(bank)
+        values = self._sum(found, of)
+        n_bins = values.shape[-1]
+        low = (
+            np.arange(n_bins) / n_bins
+            if of == "entropy"
+            else 2.0 ** (-(np.arange(n_bins) + 1) / PER_OCTAVE)
+        )
+        coords = {
+            "layer": list(found.shape.layers),
+            "domain": list(found.shape.domains),
+            "bin": low,
+        }
+        return xr.DataArray(values, dims=("layer", "domain", "bin"), coords=coords, name="tokens")
+
+    def _sum(self, found: Statistics, name: str) -> np.ndarray[Any, np.dtype[np.int64]]:
+        if name not in found.sums:
+            raise CorpusError(
+                f"{name!r} was not counted (stats={self.plan['stats']}); record again with it"
+            )
+        values: np.ndarray[Any, np.dtype[np.int64]] = found.sums[name].numpy()
+        return values
+
+    @property
+    def _rows(self) -> StoredRows:
+        shape = self._merged[self.banks[0]].shape
+        return StoredRows(
+            self._folder, shape.layers, shape.n_experts, shape.n_chosen, self.plan["rows"]
+        )
+
+    def sql(self, query: str) -> pd.DataFrame:
+        """DuckDB over the rows, as the view `tokens`; see `ernie_lab.corpus.rows` for its columns.
+
+        Each slot of a layer is also a column of its own: `l3s0` is the first choice in layer 3.
+        """
+        return self._rows.sql(query)
+
+    def search(
+        self,
+        layer: int,
+        expert: int,
+        *,
+        min_weight: float | None = None,
+        bank: str | None = None,
+        limit: int = 100,
+    ) -> pd.DataFrame:
+        """Tokens that went to an expert: unit, doc, pos, token, domain, slot and weight, heaviest
+        first where weights were recorded; `attrs["n_found"]` counts all of them."""
+        return self._rows.search(layer, expert, self._bank(bank), min_weight, limit)
+
+    def sample(self, n_tokens: int, *, bank: str | None = None, seed: int = 0) -> StoredRouting:
+        """Whole documents drawn at random, until they have `n_tokens` tokens: a routing that the
+        functions of `el.analysis` take in the place of a trace. `sequence` is the document."""
+        return self._rows.sample(n_tokens, self._bank(bank), seed)
+
+    def __repr__(self) -> str:
+        found = self._merged
+        lines = [
+            f"RoutingStore({self.path}): {self.plan['model']}, "
+            f"{len(self._folder.committed())} units, {len(self._folder.failures())} failed"
+        ]
+        for bank, one in found.items():
+            lines.append(
+                f"  {bank} bank: {one.n_tokens:,} tokens x {one.shape.n_chosen} of "
+                f"{one.shape.n_experts} experts, {len(one.shape.layers)} layers, "
+                f"domains: {', '.join(filter(None, one.shape.domains)) or 'none'}"
+            )
+        rows = self.plan["rows"]
+        lines.append(f"  rows: {rows or 'none'}; counted: {', '.join(self.plan['stats'])}")
+        return "\n".join(lines)
