@@ -47,8 +47,8 @@ def matched_neurons(
 
     which is 1 for equal neurons up to such turns and positive scale of `up` and `down`, and paired
     one to one so that the mean of s is largest (Hungarian assignment, scipy); that mean is the
-    value. Pairing finds something in any two experts: the attribute `random` is the mean over
-    pairs of Gaussian experts of this size, `random_most` the largest of them.
+    value. Pairing finds something in any two experts: the attribute `chance` is the mean over
+    pairs of Gaussian experts of this size, `chance_most` the largest of them.
     """
     _, bank_of = mixture(model, layer, bank)
     numbers = _experts(experts, len(bank_of.down_EDF))
@@ -70,8 +70,11 @@ def matched_neurons(
         return _neurons(gate_up, torch.randn(width, hidden, generator=generator))
 
     random = [_matched(drawn(), drawn()) for _ in range(_RANDOM_PAIRS)]
-    found = labelled_similarity(values[None], [layer], "matched neurons", width, numbers)[0]
-    return found.assign_attrs(random=float(np.mean(random)), random_most=max(random))
+    return labelled_similarity(
+        values, "mean similarity of matched neurons", layer=layer, numbers=numbers,
+        chance=float(np.mean(random)), chance_most=max(random),
+        chance_name="two Gaussian experts of this size, matched likewise",
+    )  # fmt: skip
 
 
 def expert_output_similarity(
@@ -95,10 +98,10 @@ def expert_output_similarity(
     total_EE = torch.zeros(2 * (len(bank_of.down_EDF),), dtype=torch.float64)
     for rows_ND in x_ND.split(_ROWS):
         total_EE += _output_cosines(bank_of, rows_ND)
-    found = labelled_similarity(
-        (total_EE / len(x_ND)).numpy()[None], [layer], "cos of outputs", x_ND.shape[1]
+    cosines = (total_EE / len(x_ND)).numpy()
+    return labelled_similarity(
+        cosines, "mean cosine of outputs on the same inputs", layer=layer, n_tokens=len(x_ND)
     )
-    return found[0].assign_attrs(n_tokens=len(x_ND))
 
 
 @torch.no_grad()

@@ -54,9 +54,9 @@ def mixture(
 def router_similarity(model: Model | HasModel, bank: str | None = None) -> xr.DataArray:
     """cos(w_i, w_j) between the rows of each router, (layer, expert, other).
 
-    Random rows of width d have 0 +- 1/sqrt(d), the attribute `random_sd`. `bank="text/vision"`
-    compares the two routers of a vision-language model: expert i is then of the text bank, other j
-    of the vision bank, and equal numbers mean nothing.
+    Random rows of width d have 0 +- 1/sqrt(d), the attribute `chance_spread`. `bank="text/vision"`
+    compares the two routers of a vision-language model, (layer, text_expert, vision_expert), where
+    equal numbers mean nothing.
     """
     by_bank = _routers(model)
     pair = ("text", "vision") if bank == "text/vision" else (bank, bank)
@@ -67,7 +67,12 @@ def router_similarity(model: Model | HasModel, bank: str | None = None) -> xr.Da
             raise ValueError(f"bank={bank!r} of this model's routers; one of {choices}")
     ours, theirs = (by_bank[one] for one in pair)
     cosines = np.stack([router_cosines(ours[n].weight_ED, theirs[n].weight_ED) for n in ours])
-    return labelled_similarity(cosines, list(ours), "cos(w_i, w_j)", _width(ours))
+    axes = ("text_expert", "vision_expert") if pair[0] != pair[1] else ("expert", "other")
+    return labelled_similarity(
+        cosines, "cos(w_i, w_j)", axes, layers=list(ours), chance=0.0,
+        chance_spread=_width(ours) ** -0.5,
+        chance_name="the deviation of the cosine of two random rows",
+    )  # fmt: skip
 
 
 def router_geometry(model: Model | HasModel, *, draws: int = 200, seed: int = 0) -> pd.DataFrame:
@@ -134,18 +139,22 @@ def _random_rows(n_experts: int, width: int, draws: int, seed: int) -> dict[str,
 
 
 def labelled_similarity(
-    values_LEE: Floats, layers: Sequence[int], meaning: str, width: int,
-    numbers: Sequence[int] | None = None,
+    values: Floats, meaning: str, names: tuple[str, str] = ("expert", "other"), *,
+    layers: Sequence[int] | None = None, layer: int | None = None,
+    numbers: Sequence[int] | None = None, **told: object,
 ) -> xr.DataArray:  # fmt: skip
+    """`values` `[e e]` of one layer, or of several `[l e e]`, with true numbers.
+
+    `told` are attributes; `chance`, `chance_spread` and `chance_name` are what a figure of it
+    shows as what chance gives.
+    """
     import xarray as xr
 
-    ours, theirs = values_LEE.shape[1:]
-    coords = {
-        "layer": list(layers),
-        "expert": list(range(ours)) if numbers is None else list(numbers),
-        "other": list(range(theirs)) if numbers is None else list(numbers),
+    coords: dict[str, Any] = {
+        name: list(range(size)) if numbers is None else list(numbers)
+        for name, size in zip(names, values.shape[-2:], strict=True)
     }
-    return xr.DataArray(
-        values_LEE, dims=("layer", "expert", "other"), coords=coords, name="similarity",
-        attrs={"meaning": meaning, "random_sd": width**-0.5},
-    )  # fmt: skip
+    coords["layer"] = layer if layers is None else list(layers)
+    dims = names if layers is None else ("layer", *names)
+    attrs = {"meaning": meaning, **told}
+    return xr.DataArray(values, dims=dims, coords=coords, name="similarity", attrs=attrs)

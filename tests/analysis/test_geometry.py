@@ -37,7 +37,7 @@ def test_cosines_by_hand(text):
     found = router_similarity(text)
     assert found.sel(layer=layer, expert=0, other=1) == pytest.approx(0.5**0.5)
     assert np.allclose(found.values, found.values.transpose(0, 2, 1))
-    assert found.attrs["random_sd"] == pytest.approx(weight_ED.shape[1] ** -0.5)
+    assert found.attrs["chance_spread"] == pytest.approx(weight_ED.shape[1] ** -0.5)
 
 
 def test_the_table_of_routers_beside_random_rows():
@@ -70,8 +70,8 @@ def test_neurons_are_matched_whatever_their_order_and_signs(text):
     found = matched_neurons(text, layer, experts=[0, 1, 2])
     assert found.sel(expert=0, other=1) == pytest.approx(1, abs=1e-5)
     assert found.sel(expert=2, other=2) == 1
-    assert found.sel(expert=0, other=2) == pytest.approx(found.attrs["random"], abs=0.1)
-    assert 0 < found.attrs["random"] <= found.attrs["random_most"] < 0.8
+    assert found.sel(expert=0, other=2) == pytest.approx(found.attrs["chance"], abs=0.1)
+    assert 0 < found.attrs["chance"] <= found.attrs["chance_most"] < 0.8
     width = bank.down_EDF.shape[1]
     outs = expert_output_similarity(text, np.random.default_rng(0).normal(size=(50, width)), layer)
     assert outs.sel(expert=0, other=1) == pytest.approx(1, abs=1e-5)
