@@ -11,20 +11,28 @@ from __future__ import annotations
 
 import html
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor
 
+from ernie_lab.analysis.gradient_paths import (
+    Between,
+    Of,
+    Runs,
+    along,
+    baseline_rows,
+    integrated,
+    number_of,
+    require_vectors,
+    rows_like,
+)
 from ernie_lab.interventions.edits import EditChangedNothingWarning
-from ernie_lab.interventions.here import EditError, Here
-from ernie_lab.interventions.metrics import set_flips
-from ernie_lab.model.kinds import Model
-from ernie_lab.sites import Site, all_sites, select
+from ernie_lab.sites import all_sites, select
 from ernie_lab.trace.keys import NotKept
 from ernie_lab.trace.trace import Trace
 
@@ -32,17 +40,6 @@ TOP_K_CAVEAT = (
     "no gradient passes top-k: effects through a change of the chosen experts are not in these "
     "numbers"
 )
-_IDS = ".expert_ids"
-# What a `Run` is reduced to: one number to differentiate.
-Of = Callable[[Any], Tensor]
-
-
-class Runs(Protocol):
-    """A `Lab`, as far as it is needed here."""
-
-    @property
-    def model(self) -> Model: ...
-    def run(self, *args: Any, **kwargs: Any) -> Any: ...
 
 
 def activation_gradient(
@@ -62,7 +59,7 @@ def activation_gradient(
             raise NotKept(f"{site.path} was not kept; run with grad=True, keep={site.path!r}")
         gradient = torch.from_numpy(trace.gradient(of, site.path).values.copy())
         x = trace.tensor(site.path).detach().cpu()
-        base = torch.zeros_like(x) if baseline is None else _rows_like(baseline, trace, site.path)
+        base = torch.zeros_like(x) if baseline is None else rows_like(baseline, trace, site.path)
         product = ((x - base).double() * gradient.double()).sum(-1)
         rows_N = trace.values[site.path].parts[None].rows_N.tolist()
         tokens = trace.context.take(rows_N)
@@ -162,21 +159,21 @@ def gradient_attribution(
     """
     chosen = select([sites] if isinstance(sites, str) else list(sites), all_sites(lab.model))
     for site in chosen:
-        _require_vectors(site)
+        require_vectors(site)
     paths = [site.path for site in chosen]
     run = lab.run(prompt, keep=paths, grad=True, **given)
-    value = _number(of, run)
+    value = number_of(of, run)
     clean, plain = run.trace, float(value.detach())
-    base = {path: _baseline(baseline, clean, path) for path in paths}
+    base = {path: baseline_rows(baseline, clean, path) for path in paths}
     frames, rows = [], []
     for path in paths:
-        estimates = {"activation_gradient": _along(clean, clean, value, path, base[path])}
+        estimates = {"activation_gradient": along(clean, clean, value, path, base[path])}
         if steps:
-            means, facts = _integrated(lab, prompt, of, path, base[path], clean, steps, given)
+            means, facts = integrated(lab, prompt, of, path, base[path], clean, steps, given)
             estimates["integrated"] = means
             edit = Between(path, 0.0, base[path])
             with torch.no_grad():
-                whole = float(_number(of, lab.run(prompt, edits=[edit], **given)))
+                whole = float(number_of(of, lab.run(prompt, edits=[edit], **given)))
             total, change = float(means.sum()), whole - plain
             gap = abs(total - change) / max(abs(change), 1e-12)
             rows.append({"site": path, "sum": total, "change": change, "gap": gap} | facts)
@@ -193,25 +190,9 @@ def gradient_attribution(
             # A patch by an equal value changes nothing, and its true effect is 0.
             warnings.simplefilter("ignore", EditChangedNothingWarning)
             run = lab.run(prompt, edits=[patched], **given)
-            table.loc[place, "true"] = float(_number(of, run)) - plain
+            table.loc[place, "true"] = float(number_of(of, run)) - plain
     methods = ["activation_gradient", *(["integrated"] if steps else [])]
     return GradientAttribution(table, _correlation(table, methods), pd.DataFrame(rows))
-
-
-def _require_vectors(site: Site) -> None:
-    if site.ragged or site.row == "i":
-        why = "is an attention map: patch it with el.edits.patch, or take attn.z, what a head reads"
-    elif site.row in "po":
-        why = "has patches and no tokens; take resampler.out, or embed_in"
-    elif not site.dtype.startswith("float") and site.dtype != "model":
-        why = "holds integers, through which no gradient flows"
-    elif len(site.dims.split()) < (3 if site.row == "b" else 2):
-        why = f"has one number per token ({site.dims})"
-    else:
-        return
-    raise ValueError(
-        f"{site.path} has no vector per token to patch: it {why}. Sites `b s …` and `n …` have one"
-    )
 
 
 def _frame(trace: Trace, path: str, estimates: Mapping[str, Tensor]) -> pd.DataFrame:
@@ -231,109 +212,6 @@ def _frame(trace: Trace, path: str, estimates: Mapping[str, Tensor]) -> pd.DataF
     )
     frame.insert(6, "activation_gradient", np.nan)
     return frame.assign(**{name: x.flatten().numpy() for name, x in estimates.items()})
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Between:
-    """baseline + alpha (x - baseline) at a site of tokens; `rows` `[n …]` in the order of a trace
-    of the same batch. With `only`, that place of the flattened `[n (heads, slots, …)]` alone."""
-
-    path: str
-    alpha: float
-    rows: Tensor
-    only: int | None = None
-
-    def select(self, sites: Sequence[Site]) -> tuple[Site, ...]:
-        return select(self.path, sites)
-
-    def apply(self, site: Site, x: Tensor, here: Here, /) -> Tensor:
-        real_N = here.real(site, x)
-        if len(self.rows) != int(real_N.sum()):
-            raise EditError(
-                f"{site.path}: the baseline has {len(self.rows)} tokens, the batch "
-                f"{int(real_N.sum())}"
-            )
-        rows = self.rows.to(device=x.device, dtype=x.dtype)
-        flat = x.detach().reshape(len(real_N), *self.rows.shape[1:]).clone()
-        if self.only is None:
-            flat[real_N] = rows
-        else:
-            own = flat[real_N].flatten(0, -2)
-            own[self.only] = rows.flatten(0, -2)[self.only]
-            flat[real_N] = own.view_as(rows)
-        base = flat.view_as(x)
-        return base + self.alpha * (x - base)
-
-
-def _integrated(
-    lab: Runs,
-    prompt: Any,
-    of: Of,
-    path: str,
-    base: Tensor,
-    clean: Trace,
-    steps: int,
-    given: Mapping[str, Any],
-) -> tuple[Tensor, dict[str, float]]:
-    total: Tensor | float = 0.0
-    ids = [site.path for site in all_sites(lab.model) if site.path.endswith(_IDS)]
-    usual = lab.run(prompt, keep=ids, **given).trace if ids else None
-    flips = []
-    for step in range(steps):
-        edit = Between(path, 1 - (step + 0.5) / steps, base)
-        run = lab.run(prompt, edits=[edit], keep=[path, *ids], grad=True, **given)
-        total = total + _along(run.trace, clean, _number(of, run), path, base) / steps
-        if usual is not None:
-            flips.append(_mean_flips(usual, run.trace, ids))
-    assert isinstance(total, Tensor)
-    return total, {"flips": float(np.mean(flips))} if flips else {}
-
-
-def _along(trace: Trace, clean: Trace, of: Tensor, path: str, base: Tensor) -> Tensor:
-    """`[token index]`: (b - x) . gradient, x being the unpatched value."""
-    gradient = torch.from_numpy(trace.gradient(of, path).values.copy()).double()
-    difference = base.double() - clean.tensor(path).detach().cpu().double()
-    product: Tensor = (difference * gradient).sum(-1)
-    return product.reshape(len(product), -1)
-
-
-def _number(of: Of, run: Any) -> Tensor:
-    value = of(run)
-    if not isinstance(value, Tensor) or value.ndim != 0:
-        raise ValueError(
-            f"of(run) must be one number as a tensor, such as run.loss, not {type(value).__name__}"
-            + (f" of shape {tuple(value.shape)}" if isinstance(value, Tensor) else "")
-        )
-    return value
-
-
-def _baseline(baseline: Trace | None, clean: Trace, path: str) -> Tensor:
-    if baseline is None:
-        return torch.zeros_like(clean.tensor(path).detach().cpu())
-    return _rows_like(baseline, clean, path)
-
-
-def _rows_like(baseline: Trace, trace: Trace, path: str) -> Tensor:
-    """Another run's values at the same sequences and positions."""
-    if path not in baseline.values:
-        raise NotKept(f"the baseline has no {path}; run it with keep={path!r}")
-    mine, theirs = (
-        [(t.context.sequence[i], t.context.pos[i]) for i in t.values[path].parts[None].rows_N]
-        for t in (trace, baseline)
-    )
-    if mine != theirs:
-        raise ValueError(
-            f"{path}: the baseline has {len(theirs)} tokens, the run {len(mine)}, or at other "
-            "positions; a patch needs prompts of equal length"
-        )
-    return baseline.tensor(path).detach().cpu()
-
-
-def _mean_flips(usual: Trace, trace: Trace, ids: Sequence[str]) -> float:
-    pairs = [(usual.tensor(path), trace.tensor(path)) for path in ids]
-    flips = [set_flips(a, b) for a, b in pairs if len(a) == len(b)]
-    joined = torch.cat(flips)
-    return float(joined.mean()) if len(joined) else float("nan")
 
 
 def _correlation(table: pd.DataFrame, methods: Sequence[str]) -> pd.DataFrame:

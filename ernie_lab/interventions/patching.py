@@ -86,7 +86,7 @@ def patch_grid(
         dims=("layer", by),
         coords={"layer": [one.layer for one in sites], by: columns},
         name=f"metric, {site} patched",
-        attrs={"base": float(metric(base)), "site": site, "source": repr(source.provenance.line())},
+        attrs={"base": float(metric(base)), "site": site, "source": source.provenance.line()},
     )
 
 
