@@ -4,6 +4,9 @@ Every statistic stands beside `even`, its value for a head that looks evenly at 
 queries can see. A second reference is the user's to make: the same texts through an untrained
 twin of the model. And a pattern is no function: what a head *does* is seen by cutting it
 (`el.edits.zero("attn.result", heads=[...])`, `el.edits.knockout`), not here.
+
+These read maps. Where maps do not fit, `attention_summary` has the same entropy, sink and distance
+of single queries without one.
 """
 
 from __future__ import annotations
@@ -15,6 +18,7 @@ import numpy as np
 import xarray as xr
 from numpy.typing import ArrayLike
 
+from ernie_lab.analysis.attention_blocks import distance_edges
 from ernie_lab.analysis.attention_measures import (
     TOWER_UNITS,
     UNITS,
@@ -28,9 +32,6 @@ from ernie_lab.analysis.attention_tally import Counted, Piece, Tally, counted, t
 
 Labels: TypeAlias = "str | ArrayLike"
 Measure: TypeAlias = Callable[[ArrayLike, Places], Measured]
-
-# Distances 0, 1, 2, 3 to 4, 5 to 8, …: each bin as wide as all before it.
-EDGES = (0, 1, 2, *(2**power + 1 for power in range(1, 21)))
 
 
 def attention_statistics(
@@ -100,15 +101,16 @@ def attention_distances(
 ) -> xr.Dataset:
     """How far back each head looks: share of its weight by distance, (distance, layer, head).
 
-    The bins 0, 1, 2, 3-4, 5-8, 9-16, … tokens add up to 1; `edges` gives others, each bin from
+    The bins 0, 1, 2-3, 4-7, 8-15, … tokens add up to 1; `edges` gives others, each bin from
     one edge to below the next, and then they add up to what lies inside. Everything else is as in
     `attention_statistics`.
     """
     those = counted(trace, queries, skip, by, documents)
     numbers = _layers(trace, layers)
     if edges is None:
-        farthest = int(trace.tokens["pos"].max())
-        edges = EDGES[: int(np.searchsorted(EDGES, farthest + 1)) + 1]
+        n_keys = int(trace.tokens["pos"].max()) + 1
+        starts = distance_edges(n_keys)
+        edges = [*starts, max(2 * starts[-1], 1)]
     if len(edges) < 2 or edges[0] < 0 or (np.diff(edges) <= 0).any():
         raise ValueError(f"edges={list(edges)} must rise from 0 or more, at least two of them")
     bins = tuple(int(edge) for edge in edges)

@@ -182,9 +182,9 @@ def test_windows_of_one_document_stay_together():
 def test_distances_add_up_and_name_their_bins():
     trace = Trace([[ROWS, EYE]], [IDS])
     found = attention_distances(trace, skip=3).sel(layer=2)
-    assert found.distance.values.tolist() == ["0", "1", "2", "3-4"]
-    assert found.from_tokens.values.tolist() == [0, 1, 2, 3]
-    np.testing.assert_allclose(found.value.sel(head=3), [0.05, 0.225, 0.55, 0.175])
+    assert found.distance.values.tolist() == ["0", "1", "2-3", "4-7"]
+    assert found.from_tokens.values.tolist() == [0, 1, 2, 4]
+    np.testing.assert_allclose(found.value.sel(head=3), [0.05, 0.225, 0.725, 0])
     np.testing.assert_allclose(found.value.sum("distance"), 1)
     np.testing.assert_allclose(found.even.sum("distance"), 1)
     inner = attention_distances(trace, edges=[1, 3])
@@ -236,6 +236,19 @@ def test_a_generation_is_one_sequence(lab):
     joined, once = (attention_statistics(t)["value"] for t in (gen.trace, whole))
     np.testing.assert_allclose(joined, once, atol=1e-5)
     assert attention_statistics(gen.trace, queries="decode").n.max() == 3
+
+
+def test_the_same_as_without_maps(lab):
+    """Entropy, sink and distance of `attention_summary`, which never makes a map."""
+    text, keep = "In the beginning God created", ["attention", "attn.q_rot", "attn.k_rot"]
+    trace = lab.run(text, keep=keep).trace
+    found = attention_statistics(trace, layers=[3])["value"].sel(layer=3)
+    without = el.analysis.attention_summary(trace, layer=3).isel(query=slice(1, None))
+    names = {"entropy": "entropy", "sink": "first", "self": "own", "distance": "distance"}
+    for ours, theirs in names.items():
+        np.testing.assert_allclose(
+            found.sel(statistic=ours), without[theirs].mean("query"), atol=1e-5, err_msg=ours
+        )
 
 
 def test_heads_that_were_not_kept_have_no_number(lab):
