@@ -51,7 +51,8 @@ def patch_grid(
             `lab.run` with it (`images=`, `chat=`).
         source: a trace of the other prompt that kept `site`: `lab.run(other, keep=site).trace`.
         metric: of a `Run`, for example the difference of two logits of its last token.
-        site: a quantity without its layer; `"resid_pre"`, `"attn.attn_out"`, `"attn.z"`, …
+        site: a quantity without its layer; `"resid_pre"`, `"attn.attn_out"`, `"attn.z"`,
+            `"attn.pattern"`, …
         by: `"head"` patches one head of a layer at all `positions`.
         positions: those to patch; all of the prompt if absent.
 
@@ -107,8 +108,10 @@ def _in(source: Trace, site: str, layers: Layers) -> list[Site]:
 
 def _n_heads(source: Trace, site: Site) -> int:
     letters = site.dims.split()
-    if "h" not in letters or letters[:2] != ["b", "s"]:
+    if "h" not in letters or site.of_patches:
         raise EditError(f'by="head" needs a site with heads, such as attn.z; {site.path} has none')
+    if site.ragged:  # maps `[h s t]`
+        return int(source.tensor(site, source.sequences[0]).shape[0])
     # Rows of a trace have lost the batch axis.
     return int(source.tensor(site).shape[letters.index("h") - 1])
 

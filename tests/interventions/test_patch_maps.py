@@ -82,6 +82,21 @@ def test_a_longer_prompt_needs_a_longer_trace(lab: Lab) -> None:
     assert torch.equal(got[:, :2, :2], source.tensor(PATTERN, 0))
 
 
+def test_a_grid_over_the_heads_of_maps(lab: Lab) -> None:
+    """Each cell is one head's map put into one layer."""
+    source = lab.run("jelly", keep="attn.pattern").trace
+
+    def metric(run) -> float:
+        return float(run.logits[0, -1, 5] - run.logits[0, -1, 9])
+
+    grid = edits.patch_grid(
+        lab, "hello", source, metric, site="attn.pattern", by="head", progress=False
+    )
+    assert grid.shape == (3, 4) and grid.attrs["source"] == "small, float32 on cpu"
+    one = lab.run("hello", edits=edits.patch(PATTERN, source, heads=2))
+    assert float(grid.sel(layer=1, head=2)) == pytest.approx(metric(one), abs=1e-6)
+
+
 def test_files(lab: Lab, tmp_path) -> None:
     edit = edits.patch(PATTERN, lab.run("jelly", keep=PATTERN).trace, heads=[0, 1])
     (again,) = edits.load(edits.save(edit, tmp_path))
