@@ -132,7 +132,7 @@ def _routers(ax: Axes, of: ModalityIsolation) -> None:
         handle("root mean square", OKABE_ITO["vermillion"]),
         Line2D([], [], color=MUTED, lw=1, ls=":", label="two random rows"),
     ]
-    ax.legend(handles=handles, loc="lower right", ncols=1)
+    ax.legend(handles=handles, loc="lower right", frameon=True, framealpha=0.85, edgecolor="none")
     panel_name(
         ax, "Apart: the two routers",
         f"{n} text rows against {n} vision rows, each centred;\n"
