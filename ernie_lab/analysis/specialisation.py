@@ -71,6 +71,12 @@ class Specialisation:
         return tuple(int(layer) for layer in self.table.index[self.table["above"]])
 
     @property
+    def above_in_words(self) -> str:
+        """ "layers 2..5", "layer 1", "no layer"."""
+        many = "s" if len(self.above) > 1 else ""
+        return f"layer{many} {ranges(self.above)}" if self.above else "no layer"
+
+    @property
     def subject(self) -> str:
         """What the bits are of: "expert and domain", "vision expert and shape given id"."""
         whose = f"{self.bank} expert" if self.bank else "expert"
@@ -84,7 +90,6 @@ class Specialisation:
         shown.insert(1, "interval", spans)
         shown["above"] = np.where(self.table["above"], "yes", "no")
         shown.columns = [column.replace("_", " ") for column in shown.columns]
-        layers = f"layers {ranges(self.above)}" if self.above else "no layer"
         return "\n".join(
             [
                 f"{self.model}: bits between {self.subject}, {self.n_tokens:,} tokens of "
@@ -92,7 +97,7 @@ class Specialisation:
                 shown.to_string(),
                 f"norm, variance: {self.n_redrawn} redrawn routers each, fitted to the learned "
                 f"load on {self.n_fitted:,} other tokens. Permuted: {self.by}.",
-                f"Above the 95th percentile of both: {layers}.",
+                f"Above the 95th percentile of both: {self.above_in_words}.",
             ]
         )
 

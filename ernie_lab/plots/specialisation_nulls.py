@@ -9,7 +9,6 @@ from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
-from ernie_lab.display import ranges
 from ernie_lab.plots.layer_columns import layer_columns, width_of
 from ernie_lab.plots.style import INK, MUTED, OKABE_ITO, RULE
 from ernie_lab.plots.view import Sheet, View
@@ -49,9 +48,9 @@ def plot_specialisation(
     """
     model = model or found.model
     n = len(found.layers)
-    with Sheet(ax, width_of(n, 0.75), 4.4) as sheet:
+    with Sheet(ax, _width(n), 4.4) as sheet:
         axes, x = sheet.ax, np.arange(n, dtype=float)
-        thick = 72 * (width_of(n, 0.75) - 1.0) / n
+        thick = 72 * (_width(n) - 1.0) / n
         for row, layer in enumerate(found.layers):
             _nulls(axes, row, found, layer, thick)
         _learned(axes, x, found, thick)
@@ -66,6 +65,11 @@ def plot_specialisation(
             _caption(found, model) if caption is None else caption,
             _alt(found, model),
         )
+
+
+def _width(n_layers: int) -> float:
+    """Wide enough for the legend, which must not squeeze the axes."""
+    return max(width_of(n_layers, 0.75), 7.2)
 
 
 def _nulls(ax: Axes, row: int, found: Specialisation, layer: int, thick: float) -> None:
@@ -105,11 +109,11 @@ def _legend(ax: Axes, found: Specialisation) -> None:
     entries: list[tuple[Any, str]] = [
         (
             Line2D([], [], mfc=_LEARNED, **dot),
-            "learned router, above 95 % of both kinds of redrawn",
+            "learned router, above 95 % of the redrawn",
         ),
         (Line2D([], [], mfc="white", **dot), "learned router, not above"),
         (Patch(color=_REDRAWN["norm"]), f"{n} redrawn routers, equal row norms"),
-        (Patch(color=_REDRAWN["variance"]), f"{n} redrawn routers, equal variance of logits"),
+        (Patch(color=_REDRAWN["variance"]), f"{n} redrawn routers, equal variance"),
     ]
     if (found.nulls["null"] == "untrained twin").any():
         twin = Line2D([], [], marker="D", ls="", ms=5, mfc="none", mec=_TWIN, mew=1.1)
@@ -140,8 +144,7 @@ def _alt(found: Specialisation, model: str) -> str:
         for row in found.table.itertuples()
     ]
     shown = parts if len(parts) <= 8 else [*parts[:3], "…", *parts[-3:]]
-    above = f"layers {ranges(found.above)}" if found.above else "no layer"
     return (
         f"Bits between {found.subject}{f' of {model}' if model else ''}: {'; '.join(shown)}. Above "
-        f"both kinds of redrawn router: {above}."
+        f"both kinds of redrawn router: {found.above_in_words}."
     )
