@@ -88,12 +88,16 @@ def coactivated_pairs(
     _require_measure(measure)
     chosen = choices(routing, n_experts=n_experts)
     picking, telling = chosen.halves(seed)
-    n_draws_DX = draws_of(telling.n_documents, draws, seed)
+    draws_DX = draws_of(telling.n_documents, draws, seed)
     places = range(len(chosen.layers)) if layer is None else [place_of(layer, chosen.layers)]
     rows: list[dict[str, Any]] = []
     for place in places:
+        chosen_NE = telling.chosen(place)
+        chance_EE = pair_chance(chosen_NE.mean(0, dtype=float))
         for i, j in _picked(picking, place, n, measure):
-            rows.append(_row(telling, place, i, j, measure, n_draws_DX))
+            pair = _Pair.of(telling, chosen_NE, i, j)
+            row = _row(pair, float(chance_EE[i, j]), measure, draws_DX)
+            rows.append({"layer": chosen.layers[place], "expert": i, "other": j, **row})
     if not rows:
         raise ValueError(
             f"no pair has {_LEAST_EXPECTED} tokens by chance in half of the documents: more texts"
@@ -110,6 +114,20 @@ class _Pair:
     other_X: NDArray[Any]
     tokens_X: NDArray[Any]
 
+    @classmethod
+    def of(cls, telling: Choices, chosen_NE: NDArray[Any], i: int, j: int) -> _Pair:
+        one_N, other_N = chosen_NE[:, i] > 0, chosen_NE[:, j] > 0
+
+        def by_document(values_N: NDArray[np.bool_]) -> NDArray[Any]:
+            return np.bincount(telling.document_N[values_N], minlength=telling.n_documents)
+
+        return cls(
+            by_document(one_N & other_N),
+            by_document(one_N),
+            by_document(other_N),
+            by_document(np.ones_like(one_N)),
+        )
+
     def drawn(self, draws_DX: NDArray[np.int64]) -> _Pair:
         parts = (self.both_X, self.one_X, self.other_X, self.tokens_X)
         return _Pair(*(draws_DX @ part for part in parts))
@@ -125,32 +143,20 @@ class _Pair:
 
 
 def _row(
-    telling: Choices, place: int, i: int, j: int, measure: Measure, draws_DX: NDArray[np.int64]
+    pair: _Pair, chance: float, measure: Measure, draws_DX: NDArray[np.int64]
 ) -> dict[str, Any]:
     from scipy.stats import binom
 
-    chosen_NE = telling.chosen(place)
-    one_N, other_N = chosen_NE[:, i] > 0, chosen_NE[:, j] > 0
-
-    def by_document(values_N: NDArray[np.bool_]) -> NDArray[Any]:
-        return np.bincount(telling.document_N[values_N], minlength=telling.n_documents)
-
-    pair = _Pair(
-        by_document(one_N & other_N), by_document(one_N), by_document(other_N),
-        by_document(np.ones_like(one_N)),
-    )  # fmt: skip
-    every = pair.drawn(np.ones((1, telling.n_documents), np.int64))
-    n_tokens = len(one_N)
-    loads_E = chosen_NE.mean(0, dtype=float)
-    chance = float(pair_chance(loads_E)[i, j])
-    apart = chance / (loads_E[i] * loads_E[j]) if loads_E[i] * loads_E[j] > 0 else np.nan
+    every = pair.drawn(np.ones((1, draws_DX.shape[1]), np.int64))
+    n_tokens = int(every.tokens_X[0])
+    independent = float(every.one_X[0] * every.other_X[0]) / n_tokens**2
+    apart = chance / independent if independent > 0 else np.nan
     values = {name: float(every.measured(name, apart)[0]) for name in get_args(Measure)}
     low, high = _interval(pair.drawn(draws_DX).measured(measure, apart))
     bound = _Pair(
         np.array([binom.ppf(0.95, n_tokens, chance)]), every.one_X, every.other_X, every.tokens_X
     )
     return {
-        "layer": telling.layers[place], "expert": i, "other": j,
         "n_both": int(every.both_X[0]), "expected": n_tokens * chance, **values,
         "measure": measure, "low": low, "high": high,
         "chance_p95": float(bound.measured(measure, apart)[0]), "n_tokens": n_tokens,

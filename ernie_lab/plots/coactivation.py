@@ -9,6 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.colors import Normalize
 
 from ernie_lab.plots.similarity import (
+    ORDERED,
     Floats,
     Order,
     Square,
@@ -156,7 +157,7 @@ def _caption(square: Square, told: dict[str, Any], model: str, bank: str, order:
     elif told["measure"] == "share":
         lines.append(f"Balanced experts by chance: {(k - 1) / (n_experts - 1):.2f}.")
     if order == "alike":
-        lines.append("Experts that go together stand together; the numbers are the true ones.")
+        lines.append(ORDERED)
     lines.append(
         "The largest of many is too large: coactivated_pairs picks on half of the texts, reports "
         "on the other."

@@ -20,6 +20,10 @@ Order = Literal["number", "alike"]
 
 MAX_EXPERTS = 160
 _NUMBERED = 16  # experts whose cells can hold a number
+ORDERED = (
+    "Order: alike experts stand together, which makes a band along the diagonal out of noise too; "
+    "the numbers are the true ones."
+)
 _OWN = "#cfd4da"  # a cell of an expert with itself: no colour of either scale
 _DARK = 0.6  # of the scale: from here on the numbers are white
 
@@ -307,7 +311,7 @@ def _caption(
     if square.own_diagonal:
         parts.append(" Grey: an expert with itself.")
     if order == "alike":
-        parts.append(" Order: alike experts next to each other; the numbers are the true ones.")
+        parts.append(f" {ORDERED}")
     return "".join(parts)
 
 
