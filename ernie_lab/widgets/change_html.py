@@ -33,14 +33,14 @@ STYLE = f"""<style>
   white-space: nowrap; }}
 .ernie-ablation table.ea td code {{ white-space: normal; font-size: 11px; }}
 .ernie-ablation .ea-two > div {{ flex: 0 0 auto; max-width: 100%; }}
-.ernie-ablation .ea-two > div:last-child {{ flex: 1 1 320px; }}
+.ernie-ablation .ea-two > div:last-child {{ flex: 1 1 320px; min-width: 0; }}
 .ernie-ablation .ea-two > div:last-child td {{ white-space: normal; }}
 .ernie-ablation table.ea tr {{ background: none !important; }}
 .ernie-ablation .ea-bar {{ display: inline-block; height: 11px; vertical-align: -1px;
   margin-right: 5px; border-radius: 1px; }}
-.ernie-ablation .ea-drift {{ display: flex; align-items: flex-end; gap: 3px; overflow-x: auto;
-  font-size: 11px; text-align: center; padding: 2px 0 4px; }}
-.ernie-ablation .ea-drift span {{ display: block; min-width: 9px; flex: 0 0 auto; }}
+.ernie-ablation .ea-drift {{ display: flex; align-items: flex-end; gap: 2px; overflow-x: auto;
+  font-size: 10px; text-align: center; padding: 2px 0 4px; }}
+.ernie-ablation .ea-drift span {{ display: block; min-width: 12px; flex: 0 0 auto; }}
 .ernie-ablation .ea-drift .ea-wide {{ width: 34px; }}
 .ernie-ablation .ea-drift i {{ display: block; background: {EDITED}; min-height: 1px; }}
 .ernie-ablation pre {{ background: {PALE}; padding: 5px 8px; margin: 2px 0; font-size: 12px;
