@@ -15,8 +15,16 @@ import torch
 from torch import Tensor
 
 from ernie_lab.analysis.balance_groups import interval
-from ernie_lab.analysis.token_groups import By, Floats, documents_of, layers_of, routing_of
-from ernie_lab.interventions.bootstrap import draws_of, estimate
+from ernie_lab.analysis.token_groups import (
+    By,
+    Floats,
+    documents_of,
+    layers_of,
+    routing_of,
+    strata_of,
+    stratified_draws,
+)
+from ernie_lab.interventions.bootstrap import estimate
 from ernie_lab.model.losses import orthogonal_loss, switch_loss, unbiased_choice, z_loss
 
 
@@ -25,6 +33,7 @@ def router_losses(
     gates: Mapping[int, Tensor] | None = None,
     *,
     documents: By | None = None,
+    strata: By | None = None,
     n_draws: int = 1000,
     seed: int = 0,
 ) -> pd.DataFrame:
@@ -41,14 +50,15 @@ def router_losses(
       without interval.
 
     `_low` and `_high` are 95 % intervals over documents: percentiles for the mean z, the basic
-    bootstrap for the products (see `balance_by`). `gates` are the
+    bootstrap for the products; `documents` and `strata` as in `balance_by`. `gates` are the
     routers' weights `[e d]` by layer: `{n: r.weight_ED for n, r in lab.model.routers().items()}`;
     in a vision-language model `.routers()["text"]`, with `trace.routing("text")`.
     """
     routing = routing_of(routing)
     ids, logits, probs = routing.expert_ids, routing.router_logits, routing.router_probs
     document_N, n_documents = documents_of(ids, documents)
-    draws = draws_of(n_documents, n_draws, seed)
+    strata_D = strata_of(ids, strata, document_N, n_documents)
+    draws = stratified_draws(strata_D, n_draws, seed)
     layers = layers_of(ids)
     if absent := [layer for layer in layers if gates is not None and layer not in gates]:
         raise ValueError(f"gates= has layers {sorted(gates or ())}, but not {absent}")

@@ -63,9 +63,14 @@ def plot_correction_bias(
     rows = -(-len(numbers) // columns)
     with Sheet(ax, max(3.3 * columns, 5.4), 2.75 * rows + 1.5, (rows, columns)) as sheet:
         for panel, layer in zip(sheet.axes, numbers, strict=False):
-            _panel(panel, ledger, layer, first=layer == numbers[0])
+            _panel(panel, ledger, layer)
         for unused in sheet.axes[len(numbers) :]:
             unused.axis("off")
+        if ax is None and columns == 3:  # wide enough to have it beside the title
+            lines = sheet.ax.get_legend_handles_labels()
+            sheet.figure.legend(*lines, loc="outside upper right", ncols=2, borderaxespad=0.1)
+        else:
+            sheet.ax.legend(loc="best")
         return sheet.finish(
             title or f"What the correction bias does to the load of the {name}",
             _caption(ledger, model) if caption is None else caption,
@@ -89,7 +94,7 @@ def by_expert(ledger: BiasLedger, column: str, layers: Sequence[int]) -> Floats:
     return np.stack([ledger.experts.loc[n][column].to_numpy(dtype=float) for n in layers])
 
 
-def _panel(ax: Axes, ledger: BiasLedger, layer: int, first: bool) -> None:
+def _panel(ax: Axes, ledger: BiasLedger, layer: int) -> None:
     experts, row = ledger.experts.loc[layer], ledger.layers.loc[layer]
     bias, without, load = (
         experts[name].to_numpy(dtype=float) for name in ("bias", "local_load", "load")
@@ -99,9 +104,15 @@ def _panel(ax: Axes, ledger: BiasLedger, layer: int, first: bool) -> None:
     ax.vlines(bias, np.minimum(without, load), np.maximum(without, load), color=RULE, lw=1.4)
     look: dict[str, Any] = {"linewidths": 1.1, "zorder": 3}
     ax.scatter(
-        bias, without, s=24, facecolors="white", edgecolors=_WITHOUT, label="without", **look
+        bias,
+        without,
+        s=24,
+        facecolors="white",
+        edgecolors=_WITHOUT,
+        label="load without the bias",
+        **look,
     )
-    ax.scatter(bias, load, s=24, color=_WITH, label="with the bias", **look)
+    ax.scatter(bias, load, s=24, color=_WITH, label="with it", **look)
     apart, last = 0.045 * float(np.ptp(bias)), -np.inf
     order = np.argsort(bias)
     for i in dict.fromkeys([*order[:2].tolist(), *order[-2:].tolist()]):
@@ -123,8 +134,6 @@ def _panel(ax: Axes, ledger: BiasLedger, layer: int, first: bool) -> None:
         f"r = {row['correlation']:+.2f}",
         fontsize=8.5, fontweight="normal", loc="left", color=INK,
     )  # fmt: skip
-    if first:
-        ax.legend(loc="upper right", handletextpad=0.2, borderaxespad=0.1, fontsize=7.5)
 
 
 def _maps(
@@ -215,9 +224,10 @@ def _caption(ledger: BiasLedger, model: str, maps: bool = False) -> str:
         f"{model + ': ' if model else ''}N = {ledger.n_tokens:,} tokens × {ledger.k} of "
         f"{n_experts} experts, {ledger.n_documents} documents. {what} Without: choice by "
         "probability alone on the same hidden states. Uniform routing of as many tokens stays "
-        f"below MaxVio {rows['uniform_p95'].max():.2f} in 95 % of draws. That bias and unbiased "
-        "load oppose each other is how the bias was trained (|r| by chance: up to "
-        f"{rows['correlation_chance'].median():.2f} in 95 % of orders)."
+        f"below MaxVio {rows['uniform_p95'].max():.2f} in 95 % of draws. r: of bias and load "
+        "without it, over experts; training lowers the bias of an overloaded expert, so r < 0 is "
+        f"its rule and no finding (|r| by chance: up to {rows['correlation_chance'].median():.2f} "
+        "in 95 % of orders)."
     )
 
 

@@ -146,7 +146,7 @@ def _alt(table: pd.DataFrame, layers: Sequence[int], model: str, has_noise: bool
         within = table["within_noise"]
         text += (
             f" Noise level {_span(table['noise'])}; within it "
-            f"{100 * within.min():.2g} to {100 * within.max():.2g} % of the tokens."
+            f"{_span(100 * within)} % of the tokens."
         )
     return text
 
@@ -193,7 +193,7 @@ def plot_margin_flips(
         )  # fmt: skip
         if len(layers) <= _NUMBERED[0] and values.shape[1] <= _NUMBERED[1]:
             for y, x in np.argwhere(np.isfinite(values)).tolist():
-                dark = values[y, x] > 0.45 * limit
+                dark = values[y, x] > 0.58 * limit
                 sheet.ax.text(
                     x, y, f"{values[y, x]:.2g}", ha="center", va="center", fontsize=7.5,
                     color="white" if dark else INK,

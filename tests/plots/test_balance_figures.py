@@ -106,7 +106,7 @@ def test_bias_pairs_each_expert_without_and_with(ledger):
         title = ax.get_title(loc="left")
         assert title.startswith(f"layer {layer}: MaxVio {row['local_max_violation']:.2f} →")
         assert ax.get_xlabel() == "bias, centred (probability)"
-    assert "text experts" in view.title and "how the bias was trained" in view.caption
+    assert "text experts" in view.title and "its rule and no finding" in view.caption
     assert "layer 9: MaxVio" in view.alt and len(view.png()) < 150_000
     single = plots.plot_correction_bias(ledger, layers=[5])
     assert single.figure.axes[0].get_title(loc="left").startswith("layer 5")
