@@ -10,7 +10,12 @@ from analysis.routings import random_probs, routing
 
 from ernie_lab.analysis import balance
 from ernie_lab.analysis.balance_groups import balance_by, balance_of_counts, interval
-from ernie_lab.analysis.token_groups import groups_of, position_buckets, require_same_tokens
+from ernie_lab.analysis.token_groups import (
+    groups_of,
+    position_buckets,
+    require_same_tokens,
+    stratified_draws,
+)
 from ernie_lab.interventions.bootstrap import draws_of
 
 
@@ -162,3 +167,18 @@ def test_what_it_refuses():
 
 def _raise(words):
     raise ValueError(words)
+
+
+def test_strata_hold_the_mixture_fixed():
+    """Documents of two kinds, each kind on its own two experts: only the mixture can vary."""
+    ids = np.array([[0], [1]] * 8 + [[2], [3]] * 8)
+    kinds = np.repeat(["a", "b"], 16)
+    one = chosen(ids, sequence=np.repeat(np.arange(8), 4))
+    fixed = balance_by(one, strata=kinds).loc[(3, "all")]
+    assert fixed["least_loaded_low"] == fixed["least_loaded"] == fixed["least_loaded_high"] == 1
+    counts = np.stack([np.bincount(ids[s : s + 4, 0], minlength=4) for s in range(0, 32, 4)])
+    assert np.ptp(balance.least_loaded(draws_of(8, 100, 0) @ counts)) > 0  # free, it would vary
+    drawn = stratified_draws(np.array([0, 0, 1, 1, 1]), 100, seed=0)
+    assert (drawn[:, :2].sum(1) == 2).all() and (drawn[:, 2:].sum(1) == 3).all()
+    with pytest.raises(ValueError, match="one label for all tokens of a document"):
+        balance_by(one, strata=["a", "b"] * 16)
