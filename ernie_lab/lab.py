@@ -32,17 +32,20 @@ from ernie_lab.inputs import (
     prepare_video,
 )
 from ernie_lab.inputs.visual_layout import PositionRule
-from ernie_lab.interventions.edits import Edit, EditTap, Hook
+from ernie_lab.interventions.edits import Edit, EditTap
 from ernie_lab.model.kinds import Model
 from ernie_lab.preparing import Images, Videos, prepare, preprocessor_of
 from ernie_lab.results import Generation, Run
 from ernie_lab.session import (
     Call,
+    Hooks,
     Stream,
+    as_hooks,
     cached_sites,
     pieces,
     real_ids,
     recorder_for,
+    run_backwards,
     sizes_of,
     trace_of,
     warn_if_long,
@@ -55,8 +58,6 @@ from ernie_lab.trace.keep import Keep, Names
 
 if TYPE_CHECKING:
     import pandas as pd
-
-Hooks = Sequence[tuple[str | Callable[[str], bool], Callable[..., Tensor | None]]]
 
 
 @dataclass(frozen=True, slots=True, repr=False)
@@ -345,11 +346,7 @@ class Lab:
         values = {path: value.detach() for path, value in tap.values.items()}
         if incl_bwd:
             assert out.loss is not None
-            through = [x for x in tap.values.values() if x.requires_grad]
-            if not through:
-                raise ValueError("incl_bwd: no cached site has a gradient (integers? no pictures?)")
-            out.loss.backward(inputs=through)
-            values |= tap.gradients()
+            values |= tap.gradients(out.loss)
         cache = ActivationCache(values, sites)
         cache = cache if device is None else cache.to(device)
         return out.logits.detach(), cache.remove_batch_dim() if remove_batch_dim else cache
@@ -358,6 +355,7 @@ class Lab:
         self,
         prompt: Prompt,
         fwd_hooks: Hooks = (),
+        bwd_hooks: Hooks = (),
         *,
         return_type: Literal["logits", "loss", "both"] = "logits",
         images: Images | None = None,
@@ -369,15 +367,18 @@ class Lab:
 
         A hook may return a tensor of the same shape, dtype and device, change `x` in place, or
         return None. A name without a site raises, a hook that never fired (of pictures) warns.
+        `bwd_hooks` get the gradient of the loss by the site, in a backward pass that leaves none
+        on the model; what one returns flows on in its place.
         """
         if return_type not in ("logits", "loss", "both"):
             raise ValueError(f'return_type={return_type!r} must be "logits", "loss" or "both"')
-        tap = EditTap.of([Hook(where, fn) for where, fn in fwd_hooks], all_sites(self.model))
+        edits, backward = as_hooks(fwd_hooks, bwd_hooks)
+        tap = EditTap.of(edits, all_sites(self.model))
         batch = self.prepare(prompt, chat, images=images, videos=videos)
-        out = self._forward(batch, tap, None, "all", grad)
+        out = self._forward(batch, tap, None, "all", grad or bool(backward))
         warn_if_silent(tap)
-        both = {"logits": out.logits, "loss": out.loss, "both": (out.logits, out.loss)}
-        return both[return_type]
+        out = run_backwards(out, backward, keep_graph=grad)
+        return {"logits": out.logits, "loss": out.loss, "both": (out.logits, out.loss)}[return_type]
 
     def _forward(
         self,

@@ -11,19 +11,21 @@ import json
 import warnings
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, TypeAlias
 
 import torch
 from torch import Tensor
 
 from ernie_lab.checkpoint.config import DynamicScaling, ModelConfig
 from ernie_lab.inference.defaults import GenerationDefaults
+from ernie_lab.inference.forward import Forward
 from ernie_lab.inference.generate import LogitsProcessor, Settings, decode
 from ernie_lab.inference.writer import Piece, Writer
 from ernie_lab.inputs import Batch, Tokenizer
 from ernie_lab.inputs.thinking import Thought, read_thinking, thinking_is_open
 from ernie_lab.inputs.visual_layout import PositionRule
 from ernie_lab.interventions.edits import Edit, EditChangedNothingWarning, EditTap
+from ernie_lab.interventions.functions import BackwardHook, Hook
 from ernie_lab.model.kinds import Model
 from ernie_lab.model.router import Router
 from ernie_lab.model.text import TextModel
@@ -35,6 +37,9 @@ from ernie_lab.trace.provenance import Provenance
 from ernie_lab.trace.recorder import Recorder
 from ernie_lab.trace.routing import Routers
 from ernie_lab.trace.trace import Trace
+
+# (site, fn(x, hook=site)), as TransformerLens has them.
+Hooks: TypeAlias = Sequence[tuple[str | Callable[[str], bool], Callable[..., Tensor | None]]]
 
 
 class Opened(Protocol):
@@ -309,6 +314,28 @@ def warn_if_silent(tap: EditTap) -> None:
     for count in tap.counts:
         if count.n_fired == 0:
             warnings.warn(f"{count.edit!r} was never called", EditChangedNothingWarning, 3)
+
+
+def as_hooks(forward: Hooks, backward: Hooks) -> tuple[list[Edit], list[BackwardHook]]:
+    """All hooks as edits, and those among them that wait for a gradient."""
+    backwards = [BackwardHook(where, fn) for where, fn in backward]
+    return [*(Hook(where, fn) for where, fn in forward), *backwards], backwards
+
+
+def run_backwards(out: Forward, hooks: Sequence[BackwardHook], *, keep_graph: bool) -> Forward:
+    """Call the hooks in a backward pass of the loss, which ends at their sites.
+
+    Without `keep_graph` the result has no graph any more.
+    """
+    through = [x for hook in hooks for x in hook.through]
+    if through:
+        assert out.loss is not None
+        torch.autograd.grad(out.loss, through, retain_graph=keep_graph, allow_unused=True)
+    if keep_graph or not hooks:
+        return out
+    parts = {name: getattr(out, name) for name in ("logits", "loss")}
+    free = {name: None if x is None else x.detach() for name, x in parts.items()}
+    return dataclasses.replace(out, **free)
 
 
 def warn_if_long(lab: Opened, n_positions: int) -> None:

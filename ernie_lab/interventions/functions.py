@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from torch import Tensor
 
@@ -32,6 +32,32 @@ class Hook:
         mine = x.clone()
         out = self.fn(mine, hook=site)
         return mine if out is None else out
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class BackwardHook:
+    """`fn(gradient, hook=site) -> Tensor | None`, called when a gradient flows back to a site.
+
+    None leaves the gradient as it is. Made for one run: `through` are the values of that run at
+    its sites. The value itself is never changed.
+    """
+
+    where: str | Site | Callable[[str], bool]
+    fn: Callable[..., Tensor | None]
+    through: list[Tensor] = field(default_factory=list, repr=False)
+
+    def select(self, sites: Sequence[Site]) -> tuple[Site, ...]:
+        return Hook(self.where, self.fn).select(sites)
+
+    def apply(self, site: Site, x: Tensor, here: Here, /) -> Tensor:  # noqa: ARG002
+        if not x.requires_grad:
+            raise EditError(
+                f"no gradient flows to {site.path}: it holds integers, or nothing before it has one"
+            )
+        held = x.view_as(x)  # what flows on from here, not what else `x` is used for
+        held.register_hook(lambda gradient: self.fn(gradient, hook=site))
+        self.through.append(held)
+        return held
 
 
 def edit(where: str | Site | Iterable[str | Site], fn: Callable[[Tensor], Tensor]) -> Edit:

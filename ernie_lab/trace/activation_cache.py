@@ -97,8 +97,15 @@ class CacheTap:
                 x.retain_grad()
         return x
 
-    def gradients(self) -> dict[str, Tensor]:
-        """By `path + "_grad"`, after a backward pass; values without a gradient are left out."""
+    def gradients(self, loss: Tensor) -> dict[str, Tensor]:
+        """Of the loss, by `path + "_grad"`; values without a gradient are left out.
+
+        The backward pass ends at the kept values, so that no parameter gets a gradient.
+        """
+        through = [x for x in self.values.values() if x.requires_grad]
+        if not through:
+            raise ValueError("incl_bwd: no cached site has a gradient (integers? no pictures?)")
+        loss.backward(inputs=through)
         return {
             f"{path}_grad": x.grad
             for path, x in self.values.items()

@@ -54,6 +54,53 @@ def test_gradients_come_with_incl_bwd(lab: Lab) -> None:
     assert lab.model.embed_VD.grad is None
 
 
+def test_backward_hooks_see_the_gradients_of_the_cache(lab: Lab) -> None:
+    names = ["blocks.2.attn.hook_pattern", "blocks.1.hook_resid_mid", "blocks.1.mlp.gate.hook_out"]
+    _, cache = lab.run_with_cache("hello", names, incl_bwd=True)
+    seen: dict[str, Tensor] = {}
+
+    def look(gradient: Tensor, hook: Site) -> None:
+        seen[hook.path] = gradient.clone()
+
+    loss = lab.run_with_hooks("hello", bwd_hooks=[(n, look) for n in names], return_type="loss")
+    # In the order in which gradients flow.
+    assert list(seen) == ["blocks.2.attn.pattern", "blocks.1.moe.router_logits",
+                          "blocks.1.resid_mid"]  # fmt: skip
+    for path, gradient in seen.items():
+        torch.testing.assert_close(gradient, cache[f"{path}_grad"])
+    torch.testing.assert_close(loss, lab.run("hello").loss)
+    assert not loss.requires_grad
+    assert all(parameter.grad is None for parameter in lab.model.parameters())
+
+
+def test_what_a_backward_hook_returns_flows_on(lab: Lab) -> None:
+    later, earlier = "blocks.2.hook_resid_pre", "blocks.1.hook_resid_pre"
+    seen: list[Tensor] = []
+    hooks = [
+        (later, lambda gradient, hook: 2 * gradient),
+        (earlier, lambda gradient, hook: seen.append(gradient.clone())),
+    ]
+    lab.run_with_hooks("hello", bwd_hooks=hooks)
+    lab.run_with_hooks("hello", bwd_hooks=hooks[1:])
+    torch.testing.assert_close(seen[0], 2 * seen[1])
+
+
+def test_backward_hooks_behind_forward_hooks(lab: Lab) -> None:
+    seen: list[Tensor] = []
+    site = "blocks.1.attn.hook_z"
+    loss = lab.run_with_hooks(
+        "hello",
+        [(site, lambda z, hook: z * 0)],
+        [(site, lambda gradient, hook: seen.append(gradient))],
+        return_type="loss",
+        grad=True,
+    )
+    assert loss.requires_grad and seen[0].abs().max() > 0
+    torch.autograd.grad(loss, lab.model.embed_VD)  # the graph is still there
+    with pytest.raises(el.EditError, match=r"no gradient flows to blocks\.1\.moe\.expert_ids"):
+        lab.run_with_hooks("hello", bwd_hooks=[("blocks.1.moe.expert_ids", lambda g, hook: None)])
+
+
 def test_run_with_hooks(lab: Lab) -> None:
     seen: list[Site] = []
 
