@@ -21,6 +21,7 @@ _LOOK = {
     "document": ("other {label}, same text", "green", "^", "-"),
     "neither": ("other {label}, other text: reference", "black", "", "--"),
 }
+_LEAST_PAIRS = 20
 _APART = 0.052  # of the height, between the words at the right
 
 
@@ -46,7 +47,8 @@ def plot_contexts(
 ) -> View | Axes:
     """What `el.analysis.context_overlap` returns: overlap of expert sets by kind of pair and layer.
 
-    `label` says what is the same or other ("token", "glyph"). Shaded: 95 % over documents.
+    `label` says what is the same or other ("token", "glyph"). Shaded: 95 % over documents. A kind
+    with fewer than 20 pairs is left out, and the caption says so.
     """
     absent = [name for name in ("layer", "kind", "jaccard", "low", "high") if name not in table]
     if absent or table.empty:
@@ -57,6 +59,7 @@ def plot_contexts(
     unknown = sorted(set(table["kind"]) - set(KINDS))
     if unknown:
         raise ValueError(f"kind {unknown[0]!r}; known: {', '.join(KINDS)}")
+    table, few = _enough(table)
     layers = sorted({int(layer) for layer in table["layer"]})
     width = float(np.clip(len(layers) * 0.5, 3.6, 7.4))
     with Sheet(ax, width + 3.1, 4.75) as sheet:
@@ -84,9 +87,25 @@ def plot_contexts(
         _words(sheet.ax, ends, label)
         return sheet.finish(
             title or f"Do {bank + ' ' if bank else ''}experts read the {label} or its context?",
-            _caption(table, model, bank, label) if caption is None else caption,
+            _caption(table, model, bank, label, few) if caption is None else caption,
             _alt(table, layers, model, bank, label),
         )
+
+
+def _enough(table: pd.DataFrame) -> tuple[pd.DataFrame, str]:
+    """Without the kinds of which too few pairs were found, and a sentence that says so."""
+    if "n_pairs" not in table:
+        return table, ""
+    pairs = table.groupby("kind", sort=False)["n_pairs"].min()
+    few = pairs[pairs < _LEAST_PAIRS]
+    if len(few) == len(pairs):
+        raise ValueError(
+            f"no kind has {_LEAST_PAIRS} pairs (most: {pairs.max()}): run more texts, or give "
+            "labels that more of them share, by="
+        )
+    named = "; ".join(f"{kind} ({count})" for kind, count in few.items())
+    told = f"Not drawn, fewer than {_LEAST_PAIRS} pairs: {named}. " if named else ""
+    return table[~table["kind"].isin(few.index)], told
 
 
 def _axes(ax: Axes, layers: list[int]) -> None:
@@ -118,7 +137,7 @@ def _words(ax: Axes, ends: dict[str, float], label: str) -> None:
         )  # fmt: skip
 
 
-def _caption(table: pd.DataFrame, model: str, bank: str, label: str) -> str:
+def _caption(table: pd.DataFrame, model: str, bank: str, label: str, few: str) -> str:
     head = ", ".join(filter(None, (model, f"{bank} bank" if bank else "")))
     first = table[table["layer"] == table["layer"].iloc[0]].set_index("kind")
     counted = "; ".join(
@@ -132,6 +151,7 @@ def _caption(table: pd.DataFrame, model: str, bank: str, label: str) -> str:
         "one text: the text is. "
         + (f"{n_labels} {label}s found in two texts, each counts once. " if n_labels else "")
         + (f"Pairs: {counted}. " if counted else "")
+        + few
         + "Shaded: 95 % over documents."
     )
 

@@ -196,6 +196,12 @@ def test_contexts_draw_kinds_with_intervals_at_true_layers(made):
     assert f"same glyph, other text {mine.jaccard.iloc[0]:.2f} to" in view.alt and view.png()
     heights = sorted(text.xy[1] for text in ax.texts)
     assert min(np.diff(heights)) > 0.05  # words do not overlap
+    few = table.assign(n_pairs=table.n_pairs.where(table.kind != "document", 3))
+    view = plots.plot_contexts(few)
+    assert len(view.figure.axes[0].lines) == len(kinds) - 1
+    assert "Not drawn, fewer than 20 pairs: document (3)." in view.caption
+    with pytest.raises(ValueError, match="no kind has 20 pairs"):
+        plots.plot_contexts(table.assign(n_pairs=1))
     with pytest.raises(ValueError, match="no column jaccard"):
         plots.plot_contexts(table.drop(columns="jaccard"))
     with pytest.raises(ValueError, match="kind 'else'"):
