@@ -28,6 +28,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
+from scipy import sparse
 
 from ernie_lab.interventions.bootstrap import CONFIDENCE, draws_of, estimate
 
@@ -152,13 +153,14 @@ class _Sums:
         n_kinds: int,
     ) -> _Sums:
         n_documents = int(document_N.max()) + 1
-        sums = np.zeros((n_documents, n_kinds, x_ND.shape[1]))
-        np.add.at(sums, (document_N, kind_N), x_ND)
-        counts = np.zeros((n_documents, n_kinds))
-        np.add.at(counts, (document_N, kind_N), 1)
-        squares = np.zeros(n_documents)
-        np.add.at(squares, document_N, (x_ND**2).sum(1))
-        return cls(sums, counts, squares)
+        cell_N, ones_N = document_N * n_kinds + kind_N, np.ones(len(kind_N))
+        shape = (n_documents * n_kinds, len(kind_N))
+        member = sparse.csr_matrix((ones_N, (cell_N, np.arange(len(kind_N)))), shape=shape)
+        return cls(
+            np.asarray(member @ x_ND).reshape(n_documents, n_kinds, -1),
+            np.asarray(member @ ones_N).reshape(n_documents, n_kinds),
+            np.asarray(member @ (x_ND**2).sum(1)).reshape(n_documents, n_kinds).sum(1),
+        )
 
     def drawn(self, drawn_PQ: NDArray[Any]) -> _Centroids:
         weights = drawn_PQ.astype(float)

@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
 Floats: TypeAlias = NDArray[np.float64]
 
+_DRAWS_AT_ONCE = 64
+
 
 def shared_to_routed(
     shared: ArrayLike | xr.DataArray,
@@ -49,7 +51,7 @@ def shared_to_routed(
 
     Intervals: 95 %, bootstrap over documents (coordinate `sequence`), NaN without it.
     """
-    arrays = [np.asarray(x, dtype=np.float64) for x in (shared, routed)]
+    arrays: list[NDArray[Any]] = [np.asarray(x) for x in (shared, routed)]
     layered = arrays[0].ndim == 3
     shared_LND, routed_LND = arrays if layered else (x[None] for x in arrays)
     if shared_LND.shape != routed_LND.shape or shared_LND.shape[1] != len(content):
@@ -66,7 +68,8 @@ def shared_to_routed(
     label_N = np.array([str(label) for label in content])
     rows: dict[tuple[int, str], dict[str, float]] = {}
     for layer, shared_ND, routed_ND in zip(layers, shared_LND, routed_LND, strict=True):
-        values = _per_token(shared_ND, routed_ND)
+        # One layer at a time in double precision: the whole may be gigabytes.
+        values = _per_token(shared_ND.astype(np.float64), routed_ND.astype(np.float64))
         for label in dict.fromkeys(label_N.tolist()):
             mine_N = label_N == label
             row = {name: column[mine_N] for name, column in values.items()}
@@ -119,15 +122,17 @@ def _median_interval(
     if len(np.unique(document_N)) < 2:
         return np.nan, np.nan
     order_N = values_N.argsort()
-    sorted_N = values_N[order_N]
-    weights_PN = drawn_PQ[:, document_N[order_N]].cumsum(axis=1)
-    weights_PN = weights_PN[weights_PN[:, -1] > 0]
-    # An even number has two middle values, and the median lies between them.
-    first_P = (2 * weights_PN >= weights_PN[:, -1:]).argmax(axis=1)
-    second_P = (2 * weights_PN > weights_PN[:, -1:]).argmax(axis=1)
+    sorted_N, document_N = values_N[order_N], document_N[order_N]
+    medians: list[float] = []
+    for part_PQ in np.array_split(drawn_PQ, -(-len(drawn_PQ) // _DRAWS_AT_ONCE)):
+        weights_PN = part_PQ[:, document_N].cumsum(axis=1)
+        weights_PN = weights_PN[weights_PN[:, -1] > 0]
+        # An even number has two middle values, and the median lies between them.
+        first_P = (2 * weights_PN >= weights_PN[:, -1:]).argmax(axis=1)
+        second_P = (2 * weights_PN > weights_PN[:, -1:]).argmax(axis=1)
+        medians += ((sorted_N[first_P] + sorted_N[second_P]) / 2).tolist()
     tail = (1 - CONFIDENCE) / 2
-    medians_P = (sorted_N[first_P] + sorted_N[second_P]) / 2
-    low, high = np.quantile(medians_P, [tail, 1 - tail])
+    low, high = np.quantile(medians, [tail, 1 - tail])
     return float(low), float(high)
 
 
