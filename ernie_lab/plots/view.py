@@ -21,6 +21,8 @@ from ernie_lab.plots.tokens import drawable
 
 DPI = 144  # 1.5 picture pixels per CSS pixel, sharp on most screens,
 _NOTEBOOK_PIXELS = 2.4e6  # until the picture is so large that a notebook file would feel it
+# Fewer colours where they save this much, as in noisy pictures; a heat map keeps all of its own.
+_COLOURS, _FEW, _WORTH = 256, 160, 0.9
 CSS_PER_INCH = 96
 # Not a limit of matplotlib: what a notebook can still scroll through.
 MAX_MEGAPIXELS = 40
@@ -57,10 +59,8 @@ class View:
         self._write(raw, "png", dpi)
         with Image.open(raw) as image:
             rgb = image.convert("RGB")
-        palette = rgb.quantize(256, Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE)
-        small = io.BytesIO()
-        palette.save(small, "png", compress_level=9, dpi=(dpi, dpi))
-        return small.getvalue()
+        many, few = (_indexed(rgb, colours, dpi) for colours in (_COLOURS, _FEW))
+        return few if len(few) < _WORTH * len(many) else many
 
     def save(self, path: str | os.PathLike[str], dpi: float = 200) -> Path:
         """Write png, svg or pdf by the suffix; all or nothing. Returns the path."""
@@ -152,6 +152,13 @@ class Sheet:
         place(
             wrapped, x=0.008, ha="left", fontsize=points, fontfamily=fonts, linespacing=1.35, **look
         )
+
+
+def _indexed(rgb: Image.Image, colours: int, dpi: float) -> bytes:
+    palette = rgb.quantize(colours, Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE)
+    small = io.BytesIO()
+    palette.save(small, "png", compress_level=9, dpi=(dpi, dpi))
+    return small.getvalue()
 
 
 def write_atomic(path: Path, data: bytes) -> None:

@@ -101,6 +101,7 @@ function render({ model, el }) {
   function drawOver() {
     const [width, height] = size(), { rows, cols } = picture(), w = width / cols, h = height / rows;
     const ctx = sheet(over, width, height), byExpert = get("value") === "expert", picked = get("expert");
+    over.parentNode.style.width = `${width}px`; // words below wrap, so that nothing moves
     if (state.bitmaps.length) ctx.drawImage(state.bitmaps[0], 0, 0, width, height);
     ctx.globalCompositeOperation = "saturation";
     ctx.fillStyle = "#888";

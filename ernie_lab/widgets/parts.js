@@ -118,7 +118,7 @@ function listener(model) {
   };
 }
 
-const percent = (part, whole) => `${((100 * part) / Math.max(1, whole)).toFixed(1)} %`;
+const percent = (part, whole) => `${((100 * part) / Math.max(1, whole)).toFixed(1)}\u00a0%`;
 
 // JupyterLab reads arrows and letters as its own (another cell), and keeps them from sliders as well.
 function ownKeys(root) {

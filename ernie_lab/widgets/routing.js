@@ -74,7 +74,8 @@ function render({ model, el }) {
       const x = TEXT + e * cell, tall = (room * state.load[e]) / top, picked = e === get("expert");
       ctx.fillStyle = picked ? FOUND : "#8fb8d8";
       ctx.fillRect(x + 0.5, floor - tall, cell - 1, tall);
-      if (cell >= 16 || e % Math.ceil(22 / cell) === 0 || picked) {
+      const beside = !picked && get("expert") >= 0 && Math.abs(e - get("expert")) * cell < 22;
+      if (picked || cell >= 22 || (e % Math.ceil(22 / cell) === 0 && !beside)) {
         const words = String(e), w = ctx.measureText(words).width;
         if (picked) {
           ctx.fillStyle = "#fff";
