@@ -15,9 +15,9 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from ernie_lab.analysis.choices import Choices, choices, place_of
+from ernie_lab.analysis.choices import Choices, choices, interval, place_of
 from ernie_lab.analysis.subsets import pair_chance
-from ernie_lab.interventions.bootstrap import CONFIDENCE, draws_of
+from ernie_lab.interventions.bootstrap import draws_of
 
 if TYPE_CHECKING:
     import xarray as xr
@@ -152,7 +152,7 @@ def _row(
     independent = float(every.one_X[0] * every.other_X[0]) / n_tokens**2
     apart = chance / independent if independent > 0 else np.nan
     values = {name: float(every.measured(name, apart)[0]) for name in get_args(Measure)}
-    low, high = _interval(pair.drawn(draws_DX).measured(measure, apart))
+    low, high = interval(pair.drawn(draws_DX).measured(measure, apart), draws_DX.shape[1])
     bound = _Pair(
         np.array([binom.ppf(0.95, n_tokens, chance)]), every.one_X, every.other_X, every.tokens_X
     )
@@ -161,15 +161,6 @@ def _row(
         "measure": measure, "low": low, "high": high,
         "chance_p95": float(bound.measured(measure, apart)[0]), "n_tokens": n_tokens,
     }  # fmt: skip
-
-
-def _interval(drawn: Floats) -> tuple[float, float]:
-    drawn = drawn[np.isfinite(drawn)]
-    if not drawn.size:
-        return np.nan, np.nan
-    tail = (1 - CONFIDENCE) / 2
-    low, high = np.quantile(drawn, [tail, 1 - tail])
-    return float(low), float(high)
 
 
 def _picked(picking: Choices, place: int, n: int, measure: Measure) -> list[tuple[int, int]]:

@@ -21,9 +21,9 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from ernie_lab.analysis.choices import Choices, choices, ids_of, place_of
+from ernie_lab.analysis.choices import Choices, choices, ids_of, interval, place_of
 from ernie_lab.analysis.token_groups import By, Floats, Integers, groups_of, token_coordinate
-from ernie_lab.interventions.bootstrap import CONFIDENCE, draws_of
+from ernie_lab.interventions.bootstrap import draws_of
 
 KINDS = ("token and previous", "token", "document", "neither")
 REFERENCE = "neither"
@@ -63,8 +63,8 @@ def context_overlap(
             if mine.n_pairs == 0:
                 continue
             value, drawn_D = mine.mean(place), mine.drawn(place, draws_DX)
-            low, high = _interval(drawn_D)
-            above_low, above_high = _interval(drawn_D - reference_D)
+            low, high = interval(drawn_D, chosen.n_documents)
+            above_low, above_high = interval(drawn_D - reference_D, chosen.n_documents)
             rows.append(
                 {
                     "layer": layer, "kind": kind, "jaccard": value, "low": low, "high": high,
@@ -101,7 +101,8 @@ def label_overlap(
         part = chosen.part(keep_N & (label_N == label))
         same_N = np.zeros(part.ids_LNK.shape[1], np.int64)
         sums = _sums(part, same_N, same_N)["token"]
-        low, high = _interval(sums.drawn(place, draws_of(part.n_documents, draws, seed)))
+        drawn_D = sums.drawn(place, draws_of(part.n_documents, draws, seed))
+        low, high = interval(drawn_D, part.n_documents)
         sets = Counter(tuple(sorted(one)) for one in part.ids_LNK[place].tolist())
         usual, often = sets.most_common(1)[0]
         rows.append(
@@ -242,12 +243,3 @@ def _taken(
 def _highest(routing: Any) -> int:
     """Unused experts change no overlap of sets, so their number need not be known."""
     return int(np.nanmax(np.asarray(ids_of(routing))))
-
-
-def _interval(drawn: Floats) -> tuple[float, float]:
-    drawn = drawn[np.isfinite(drawn)]
-    if not drawn.size:
-        return np.nan, np.nan
-    tail = (1 - CONFIDENCE) / 2
-    low, high = np.quantile(drawn, [tail, 1 - tail])
-    return float(low), float(high)

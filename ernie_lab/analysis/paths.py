@@ -13,12 +13,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
-from ernie_lab.analysis.choices import Choices, choices, ids_of
+from ernie_lab.analysis.choices import Choices, choices, ids_of, interval
 from ernie_lab.analysis.information import Rows
 from ernie_lab.analysis.nulls import Permuted, permuted
 from ernie_lab.analysis.token_groups import By, Integers, groups_of, token_coordinate
 from ernie_lab.display import visible
-from ernie_lab.interventions.bootstrap import CONFIDENCE, draws_of
+from ernie_lab.interventions.bootstrap import draws_of
 
 if TYPE_CHECKING:
     import xarray as xr
@@ -143,8 +143,8 @@ def _path_row(
     on_N = matches_LN.all(0)
     taken_X = np.bincount(telling.document_N[on_N], minlength=telling.n_documents)
     tokens_X = np.bincount(telling.document_N, minlength=telling.n_documents)
-    tail = (1 - CONFIDENCE) / 2
-    low, high = np.quantile((draws_DX @ taken_X) / (draws_DX @ tokens_X), [tail, 1 - tail])
+    shares_D = (draws_DX @ taken_X) / (draws_DX @ tokens_X)
+    low, high = interval(shares_D, telling.n_documents)
     shares_L = matches_LN.mean(1)
     steps_L = (matches_LN[:-1] & matches_LN[1:]).mean(1)
     with np.errstate(invalid="ignore"):

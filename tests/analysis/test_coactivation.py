@@ -105,6 +105,11 @@ def test_chance_bound_holds_for_lots():
     assert (table.lift > table.chance_p95).mean() < 0.35  # 5 % each, 15 pairs that hang together
 
 
+def test_one_document_in_a_half_gives_no_interval():
+    row = coactivated_pairs(by_lot(1, 200, 4, 2, n_documents=2), 1).iloc[0]
+    assert np.isnan(row.low) and np.isnan(row.high) and row.n_tokens == 100
+
+
 def test_errors_name_the_next_step():
     with pytest.raises(ValueError, match="run several texts"):
         coactivated_pairs(routing(IDS))
