@@ -353,7 +353,7 @@ class Trace:
         Raises:
             NotKept: neither routing nor attention was recorded.
         """
-        # The one import to the right of this room: a trace shows itself, and needs no figures else.
+        # The one import to the right of this room, and only when it is asked for.
         from ernie_lab.plots.trace_report import trace_report
 
         return trace_report(path, self, title=title, max_bytes=max_bytes)
