@@ -67,7 +67,8 @@ def attention_statistics(
             itself, so that 1 is the least with which sinks mean anything.
         first: so many first tokens of each sequence are the sink.
         by: also apart for groups of queries: a column of `trace.tokens` ("content", "modality",
-            "phase"), or one label for each of its rows. Adds the dimension `group`.
+            "phase"), or one label for each of its rows; a row without one does not count. Adds the
+            dimension `group`.
         documents: the document of each sequence; by default each is one.
 
     Raises:

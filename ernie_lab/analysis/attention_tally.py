@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import pandas as pd
 from numpy.typing import NDArray
 
 from ernie_lab.analysis.attention_measures import Floats, Measured
@@ -72,8 +73,9 @@ def counted(
     table = trace.tokens
     sequences = tuple(dict.fromkeys(int(one) for one in table["sequence"]))
     labels = [""] * len(table) if by is None else _labels(table, by)
-    groups = tuple(dict.fromkeys(labels))
-    counts_N = (table["pos"] >= skip).to_numpy() & _chosen(table, queries)
+    there_N = ~np.asarray(pd.isna(pd.Series(labels, dtype=object)))
+    groups = tuple(dict.fromkeys(one for one, there in zip(labels, there_N, strict=True) if there))
+    counts_N = (table["pos"] >= skip).to_numpy() & _chosen(table, queries) & there_N
     if not counts_N.any():
         raise ValueError(
             f"no query counts: queries={queries if isinstance(queries, str) else 'a mask'}, "

@@ -235,7 +235,9 @@ def test_a_generation_is_one_sequence(lab):
     whole = lab.run([ids], keep="attention").trace
     joined, once = (attention_statistics(t)["value"] for t in (gen.trace, whole))
     np.testing.assert_allclose(joined, once, atol=1e-5)
-    assert attention_statistics(gen.trace, queries="decode").n.max() == 3
+    decoded = attention_statistics(gen.trace, queries="decode")
+    assert decoded.n.max() == 3
+    xr.testing.assert_allclose(decoded, attention_statistics(gen.trace.sel(phase="decode")))
 
 
 def test_the_same_as_without_maps(lab):
@@ -275,4 +277,7 @@ def test_the_vision_tower():
     assert (found["value"].sel(statistic="effective_keys") <= n_patches + 1e-6).all()
     by = attention_statistics(run.trace, by="content")
     assert set(by.group.values) == {"text", "delimiter", "image"}
+    picture = attention_statistics(run.trace, by="image")
+    assert picture.group.values.tolist() == [0], "text has no picture and does not count"
+    assert int(picture.n.max()) == int((run.trace.tokens["content"] == "image").sum())
     assert int(by.n.sel(statistic="duplicate", group="image").max()) == 0
