@@ -40,7 +40,7 @@ from ernie_lab.analysis.gradients import (
     activation_gradient,
     gradient_attribution,
 )
-from ernie_lab.analysis.information import mutual_information
+from ernie_lab.analysis.information import information_of_counts, mutual_information
 from ernie_lab.analysis.input_alignment import input_alignment
 from ernie_lab.analysis.isolation import (
     IsolationReport,
@@ -161,4 +161,5 @@ __all__ = [
     "untrained_twin",
     "vision_attention_statistics",
     "vocabulary_specialisation",
+    "information_of_counts",
 ]

@@ -60,6 +60,30 @@ def mutual_information(
     return float(rows.bits(np.ones((1, 1), dtype=np.int64))[0])
 
 
+def information_of_counts(counts: ArrayLike) -> float:
+    """`mutual_information` from counts `[label expert]` of (token, slot) rows, such as a run over a
+    corpus adds up.
+
+    Raises:
+        ValueError: not a table of counts >= 0 with at least one row counted.
+    """
+    counts_CE = np.asarray(counts, dtype=np.float64)
+    if counts_CE.ndim != 2 or not np.isfinite(counts_CE).all() or (counts_CE < 0).any():
+        raise ValueError(
+            f"counts of shape {counts_CE.shape} must be a table [label expert] of numbers >= 0"
+        )
+    n = counts_CE.sum()
+    if n == 0:
+        raise ValueError("nothing was counted: nothing can be told")
+
+    def entropy(cells: Floats) -> float:
+        plug_in = np.log(n) - xlogy(cells, cells).sum() / n
+        return float(plug_in + ((cells > 0).sum() - 1) / (2 * n))
+
+    nats = entropy(counts_CE.sum(1)) + entropy(counts_CE.sum(0)) - entropy(counts_CE.ravel())
+    return float(nats / np.log(2))
+
+
 def codes_of(labels: ArrayLike) -> Codes:
     """Labels as numbers from 0, in the order of first appearance; -1 for None and NaN."""
     codes, _ = pd.factorize(np.asarray(labels, dtype=object), use_na_sentinel=True)

@@ -9,7 +9,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ernie_lab.analysis.information import Rows, codes_of, mutual_information, spread
+from ernie_lab.analysis.information import (
+    Rows,
+    codes_of,
+    information_of_counts,
+    mutual_information,
+    spread,
+)
 from ernie_lab.interventions.bootstrap import draws_of
 
 NATS = 1 / math.log(2)
@@ -33,6 +39,19 @@ def test_two_slots_by_hand() -> None:
     ids = np.array([[0, 1], [0, 1], [0, 2], [0, 2]])
     # H(expert) = 1.5 bits, H(expert | label) = 1; (2 - 1 + 3 - 1 - 4 + 1) / 16 = 0 nats added.
     assert mutual_information(["a", "a", "b", "b"], ids, 3) == pytest.approx(0.5)
+
+
+def test_counts_of_a_corpus_give_the_same() -> None:
+    rng = np.random.default_rng(0)
+    label, ids = rng.integers(0, 5, 300), rng.integers(0, 7, (300, 2))
+    counts = np.zeros((5, 7))
+    np.add.at(counts, (np.repeat(label, 2), ids.ravel()), 1)
+    assert information_of_counts(counts) == pytest.approx(mutual_information(label, ids, 7))
+    assert information_of_counts([[4, 0], [0, 4]]) == pytest.approx(1 + NATS / 16)
+    with pytest.raises(ValueError, match="nothing was counted"):
+        information_of_counts([[0, 0]])
+    with pytest.raises(ValueError, match=r"a table \[label expert\]"):
+        information_of_counts([1, 2])
 
 
 def test_rows_count_by_their_weight_if_asked() -> None:
