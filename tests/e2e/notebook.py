@@ -14,6 +14,14 @@ text = "And God said unto him, Behold, I will give thee"
 read = lab.run(text, keep=["routing", "attention"]).trace
 """,
     "routing": "el.widgets.explore_routing(read)",
+    "pair": """
+import ipywidgets
+
+left, right = el.widgets.explore_routing(read), el.widgets.explore_routing(read)
+left.add_class("left")
+right.add_class("right")
+ipywidgets.HBox([left, right])
+""",
     "large": f"""
 import sys
 sys.path.insert(0, {str(Path(__file__).parents[1])!r})

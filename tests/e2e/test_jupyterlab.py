@@ -82,7 +82,7 @@ def test_run_all_succeeds(opened: tuple[Page, Path]) -> None:
     page, _ = opened
     wrong = page.page.locator("[data-mime-type*='error'], [data-mime-type*='stderr']")
     assert wrong.count() == 0, wrong.all_inner_texts()
-    for name in ("routing", "large"):
+    for name in ("routing", "pair", "large"):
         Cell(page, name)(".ernie-routing canvas.ernie-map")
     Cell(page, "image")(".ernie-images canvas.ernie-over")
     Cell(page, "attention")(".ernie-attention canvas.ernie-map")
@@ -91,8 +91,8 @@ def test_run_all_succeeds(opened: tuple[Page, Path]) -> None:
 
 def test_layers_tokens_and_experts_are_picked(opened: tuple[Page, Path]) -> None:
     page, _ = opened
-    cell, other = Cell(page, "routing"), Cell(page, "large")
-    before, others = cell.pixels(".ernie-map"), other.pixels(".ernie-map")
+    cell = Cell(page, "routing")
+    before = cell.pixels(".ernie-map")
     cell("button[aria-label='layer after']").click()
     cell.wait(".ernie-routing", "node => node.dataset.layer === '2'")
     assert cell.pixels(".ernie-map") != before
@@ -100,15 +100,20 @@ def test_layers_tokens_and_experts_are_picked(opened: tuple[Page, Path]) -> None
     cell.wait(".ernie-token h4", "node => /at position 2, layer 2/.test(node.textContent)")
     cell(".ernie-map").press("ArrowDown")
     cell.wait(".ernie-token h4", "node => /at position 3, layer 2/.test(node.textContent)")
-    assert "Token" in cell(".ernie-map").get_attribute("aria-label")
+    assert "(position 3)" in cell(".ernie-map").get_attribute("aria-label")
     cell(".ernie-token .ernie-link").click()
     cell.wait(".ernie-expert h4", "node => /^Expert \\d+, layer 2/.test(node.textContent)")
-    # The other view of the same kind has seen nothing of it.
-    assert other.pixels(".ernie-map") == others
-    assert other(".ernie-routing").get_attribute("data-layer") == "1"
-    other("button[aria-label='layer after']").click()
-    other.wait(".ernie-routing", "node => node.dataset.layer === '2'")
-    assert other.pixels(".ernie-map") != others
+
+
+def test_two_views_side_by_side_stay_apart(opened: tuple[Page, Path]) -> None:
+    page, _ = opened
+    cell = Cell(page, "pair")
+    for here, there in (("left", "right"), ("right", "left")):
+        before, others = cell.pixels(f".{here} .ernie-map"), cell.pixels(f".{there} .ernie-map")
+        cell(f".{here} input.ernie-layer").press("End")
+        cell.wait(f".{here} .ernie-routing", "node => node.dataset.layer === '5'")
+        assert cell.pixels(f".{here} .ernie-map") != before
+        assert cell.pixels(f".{there} .ernie-map") == others
 
 
 def test_a_large_trace_answers_at_once(opened: tuple[Page, Path]) -> None:
