@@ -223,6 +223,8 @@ def _caption(found: Any, panels: Sequence[Panel], twin: Any, model: str) -> str:
             " Orange: the range over all heads of the untrained twin. Dot: the 95 % interval lies "
             "outside that range."
         )
+    if any(np.isnan(panel.value_LH).any() for panel in panels):
+        text += " Grey: not kept."
     return text + " A pattern says where a head looks, not what it does."
 
 

@@ -73,6 +73,16 @@ def test_the_twin_is_a_band_and_what_lies_outside_has_a_dot():
     assert "Orange" not in plots.plot_attention_statistics(found, "sink").caption
 
 
+def test_heads_that_were_not_kept_are_grey_and_named_so():
+    found = statistics()
+    value = found["value"].copy()
+    value[:, 0, 1] = np.nan
+    view = plots.plot_attention_statistics(found.assign(value=value))
+    assert "Grey: not kept." in view.caption
+    assert all(ax.images[0].get_array().mask.sum() == 1 for ax in panels(view))
+    assert "not kept" not in plots.plot_attention_statistics(found).caption
+
+
 def test_large_models_are_legible_and_small():
     view = plots.plot_attention_statistics(statistics(28, 20))
     drawn = panels(view)
