@@ -19,7 +19,7 @@ PICKED = {
     "02_images_and_experts": "Which vision expert each part of image 0",
     "03_shared_experts": "Shared experts of two layers exchanged",
     "04_routing_experiments": "Layer 3, expert 3 off, in five senses",
-    "05_routing_balance": "",
+    "05_routing_balance": "Balance with the bias, without it",
     "06_modality_isolation": "Text and pictures in tiny-vl",
     "07_specialisation": "What an expert tells of the domain",
     "08_attention": "Second copies, one head cut at a time",
