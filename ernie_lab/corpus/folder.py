@@ -11,6 +11,7 @@ import json
 import os
 import re
 import tempfile
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -20,6 +21,8 @@ from typing import Any
 SCHEMA = "ernie_lab.routing/1"
 PLAN = "plan.json"
 _TEMPORARY = ".tmp-"
+# A younger scratch file may be another worker's.
+_STALE_SECONDS = 900
 
 
 class CorpusError(RuntimeError):
@@ -85,8 +88,9 @@ class Folder:
         """
         try:
             self.units.mkdir(parents=True, exist_ok=True)
-            for stale in self.units.glob(f"{_TEMPORARY}*"):
-                stale.unlink(missing_ok=True)
+            for scratch in self.units.glob(f"{_TEMPORARY}*"):
+                if scratch.stat().st_mtime < time.time() - _STALE_SECONDS:
+                    scratch.unlink(missing_ok=True)
             if not (self.path / PLAN).exists():
                 if self.committed():
                     raise CorpusError(f"{self.path} has units but no {PLAN}; name another folder")

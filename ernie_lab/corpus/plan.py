@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import os
-import time
-import traceback
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias, get_args
 
+from ernie_lab.corpus.committing import record, require_same
 from ernie_lab.corpus.documents import Corpus, read_documents
 from ernie_lab.corpus.folder import CorpusError, CorpusIncomplete, Folder
 from ernie_lab.corpus.parquet import pyarrow
-from ernie_lab.corpus.record import Wanted, commit_unit, read_facts, run_unit, shapes
+from ernie_lab.corpus.record import Wanted, shapes
 from ernie_lab.corpus.statistics import DEFAULT, STATISTICS
 from ernie_lab.corpus.units import Unit, units, windows
 from ernie_lab.interventions.edits import Edit, EditTap
@@ -28,9 +27,7 @@ if TYPE_CHECKING:
     from ernie_lab.corpus.store import RoutingStore
 
 Rows: TypeAlias = Literal["ids", "ids+weights"]
-Runner: TypeAlias = Literal["local"]
-
-ATTEMPTS = 2
+Runner: TypeAlias = Literal["local", "torchrun", "ray"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -59,6 +56,7 @@ class RecordPlan:
         stats: what is counted, of `ernie_lab.corpus.statistics.STATISTICS`; `"vocabulary"`
             (tokens x experts by layer) needs memory for vocabulary x experts x layers numbers.
         edits: applied in every forward.
+        load_options: what `el.load` takes besides the source: dtype, device, revision, …
     """
 
     model: Lab | str | os.PathLike[str]
@@ -70,6 +68,7 @@ class RecordPlan:
     rows: Rows | None = None
     stats: Sequence[str] = DEFAULT
     edits: Edit | Iterable[Edit] = ()
+    load_options: Mapping[str, Any] = field(default_factory=dict)
     _edits: tuple[Edit, ...] = field(init=False, default=())
 
     def __post_init__(self) -> None:
@@ -91,7 +90,11 @@ class RecordPlan:
         return Wanted(statistics, self.rows, self.batch_tokens, self._edits)
 
     def lab(self) -> Lab:
-        return self.model if isinstance(self.model, Lab) else load(os.fspath(self.model))
+        if not isinstance(self.model, Lab):
+            return load(os.fspath(self.model), **self.load_options)
+        if self.load_options:
+            raise ValueError(f"load_options={dict(self.load_options)}: the model is loaded already")
+        return self.model
 
     def units(self, lab: Lab) -> Iterator[Unit]:
         """The corpus, tokenised and cut; the same every time."""
@@ -115,21 +118,41 @@ class RecordPlan:
             "edits": to_json(self._edits),
         }
 
-    def run(self, *, runner: Runner = "local", progress: bool = True) -> RoutingStore:
+    def run(
+        self,
+        *,
+        runner: Runner = "local",
+        workers: int = 1,
+        gpus_per_worker: float = 0,
+        progress: bool = True,
+    ) -> RoutingStore:
         """Record what is not there yet, and return the store.
 
+        Args:
+            runner: `"local"`, this process. `"ray"`, that many `workers`, each with the model of
+                its own (extra `cluster`); on the cluster that Ray is connected to, whose nodes
+                must all see `folder`, else on this machine. `"torchrun"`: each process that
+                torchrun started takes the units of its rank, and none waits for another.
+
         Raises `CorpusIncomplete` when units failed twice: they are set aside in `failed/` with
-        their traceback, the others are committed. An interrupt loses at most the unit at work.
+        their traceback, the others are committed. An interrupt loses at most the units at work.
         Trouble with the disk stops at once.
         """
         from ernie_lab.corpus.store import RoutingStore
 
-        if runner != "local":
-            raise ValueError(f"runner={runner!r} must be 'local'")
+        if runner not in get_args(Runner):
+            raise ValueError(f"runner={runner!r} must be one of {', '.join(get_args(Runner))}")
+        if runner != "ray" and (workers != 1 or gpus_per_worker):
+            raise ValueError(f"workers and gpus_per_worker are of runner='ray', not {runner!r}")
         lab, folder = self.lab(), Folder(Path(self.folder).expanduser())
         _refuse_moved(self._edits, lab, self.rows)
         folder.open(self.asked(lab))
-        for _ in _progress(self._local(lab, folder), progress):
+        done = (
+            self._ray(lab, folder, workers, gpus_per_worker)
+            if runner == "ray"
+            else self._here(lab, folder, *(_rank() if runner == "torchrun" else (0, 1)))
+        )
+        for _ in _progress(done, progress):
             pass
         if failed := folder.failures():
             first = next(iter(failed.values()))
@@ -140,61 +163,39 @@ class RecordPlan:
             )
         return RoutingStore(folder.path)
 
-    def _local(self, lab: Lab, folder: Folder) -> Iterator[int]:
-        """Commit every unit that is missing; yields the tokens of each unit, found or done."""
+    def missing(self, lab: Lab, folder: Folder) -> Iterator[Unit]:
+        """The units that are not committed; those that are, are checked."""
         there = set(folder.committed())
         for unit in self.units(lab):
             if unit.number in there:
                 require_same(folder, unit)
+                there.discard(unit.number)
             else:
-                record(lab, folder, unit, self.wanted)
-            there.discard(unit.number)
-            yield unit.n_tokens
-        if there:
+                yield unit
+        if there - set(folder.failures()):
             raise CorpusError(
                 f"{folder.path} holds units {sorted(there)[:5]}, which this corpus has not: it has "
                 "become shorter. Name another folder"
             )
 
+    def _here(self, lab: Lab, folder: Folder, rank: int, n_ranks: int) -> Iterator[int]:
+        """Commit every missing unit of this rank; yields the tokens of each."""
+        for unit in self.missing(lab, folder):
+            if unit.number % n_ranks == rank:
+                record(lab, folder, unit, self.wanted)
+                yield unit.n_tokens
 
-def record(lab: Lab, folder: Folder, unit: Unit, wanted: Wanted) -> bool:
-    """Run and commit one unit; what cannot be run goes to `failed/`. True if it was committed."""
-    for attempt in range(1, ATTEMPTS + 1):
-        start = time.perf_counter()
-        try:
-            recorded = run_unit(lab, unit, wanted)
-        except Exception as error:
-            if attempt == ATTEMPTS:
-                told = {
-                    "unit": unit.number,
-                    "digest": unit.digest,
-                    "documents": [unit.windows[0].doc, unit.windows[-1].doc],
-                    "error": f"{type(error).__name__}: {error}",
-                    "traceback": traceback.format_exc(),
-                }
-                folder.fail(unit.number, told)
-                return False
-            continue
-        try:
-            commit_unit(folder, unit, recorded, wanted, time.perf_counter() - start)
-        except OSError as error:
-            raise CorpusError(
-                f"unit {unit.number} could not be written to {folder.path}: {error}. What was "
-                "committed is safe; make room and run again"
-            ) from error
-        folder.failure(unit.number).unlink(missing_ok=True)
-        return True
-    return False
+    def _ray(self, lab: Lab, folder: Folder, workers: int, gpus_per_worker: float) -> Iterator[int]:
+        from ernie_lab.corpus.on_ray import record_on_ray
 
-
-def require_same(folder: Folder, unit: Unit) -> None:
-    """Is a committed unit made of the tokens that the corpus now gives there?"""
-    facts = read_facts(folder.statistics(unit.number))
-    if facts["digest"] != unit.digest:
-        raise CorpusError(
-            f"the corpus has changed: unit {unit.number} of {folder.path} (documents "
-            f"{facts['documents'][0]} to {facts['documents'][1]}, {facts['n_tokens']} tokens) was "
-            f"recorded from other tokens than the {unit.n_tokens} it has now. Name another folder"
+        if isinstance(self.model, Lab):
+            raise ValueError(
+                "runner='ray' needs a model that every worker can load: a built-in name, a folder "
+                "or a hub id, not a Lab in memory"
+            )
+        how = {"source": os.fspath(self.model), "options": dict(self.load_options)}
+        return record_on_ray(
+            self.missing(lab, folder), how, folder, self.wanted, workers, gpus_per_worker
         )
 
 
@@ -207,6 +208,16 @@ def _refuse_moved(edits: tuple[Edit, ...], lab: Lab, rows: str | None) -> None:
             f"an edit changes {moved[0]}: rows could not say which bank an expert is of. Take "
             "rows=None; the statistics are kept by the bank that was used"
         )
+
+
+def _rank() -> tuple[int, int]:
+    try:
+        return int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    except KeyError as missing:
+        raise CorpusError(
+            f"runner='torchrun' needs {missing} in the environment: start the script with "
+            "torchrun --nproc-per-node N script.py"
+        ) from None
 
 
 def _dtype(lab: Lab) -> str:
