@@ -19,7 +19,7 @@ EXPLORERS = ("routing", "large", "image", "attention", "ablation")
 WIDGET = "application/vnd.jupyter.widget-view+json"
 ANSWER_MS = 300
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.e2e
 
 
 def missing() -> str:
