@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from scipy import stats
+from scipy.special import stdtrit  # quantiles of t; scipy.stats takes seconds to import
 
 from ernie_lab.interventions.bootstrap import CONFIDENCE
 
@@ -218,7 +218,7 @@ def _jackknife(
         left.append(_ratio(part, part if same else centred(_reordered(b_MNN, kept))))
     deviation = np.stack(left) - np.mean(left, axis=0)
     spread = np.sqrt((n_folds - 1) / n_folds * (deviation**2).sum(0))
-    wide = stats.t.ppf((1 + CONFIDENCE) / 2, n_folds - 1) * spread
+    wide = stdtrit(n_folds - 1, (1 + CONFIDENCE) / 2) * spread
     return value - wide, value + wide
 
 
