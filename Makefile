@@ -8,7 +8,7 @@ export HF_HUB_OFFLINE ?= 1
 # Tests run in one process a core, at most four: their models are tiny, so threads would not help.
 PYTEST := $(BIN)/python -m pytest -q -n auto --maxprocesses 4 --dist worksteal
 
-.PHONY: demo test quick lint format lab notebooks tiny-text tiny-vl clean
+.PHONY: demo test quick lint format lab notebooks bench tiny-text tiny-vl clean
 
 $(VENV)/.ok: pyproject.toml constraints.txt
 	$(PY) -m venv $(VENV)
@@ -38,6 +38,11 @@ lab: $(VENV)/.ok
 
 notebooks: $(VENV)/.ok
 	$(BIN)/python notebooks/execute.py
+
+# Ratios against transformers on this machine, into benchmarks/results/; it should do nothing else.
+bench: $(VENV)/.ok
+	$(BIN)/python -m benchmarks.forward
+	$(BIN)/python -m benchmarks.attention
 
 # Train the built-in model again, from the corpus to the card: about an hour on two cores.
 tiny-text: $(VENV)/.ok
