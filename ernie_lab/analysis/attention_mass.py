@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from ernie_lab.interventions.bootstrap import CONFIDENCE, draws_of
+from ernie_lab.interventions.bootstrap import draws_of, ends
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -300,7 +300,6 @@ def _divided(sums: Floats, counts: Floats) -> Floats:
 def _interval(sums: Floats, counts_QS: Floats, draws: int, seed: int) -> tuple[Floats, Floats]:
     """Of the ratio sum / number, over draws of whole sequences; `sums` is `[q … s t]`."""
     drawn_PQ = draws_of(len(sums), draws, seed).astype(float)
-    tail = (1 - CONFIDENCE) / 2
     out = np.full((2, *sums.shape[1:]), np.nan)
     for source, count_Q in enumerate(counts_QS.T):
         if np.count_nonzero(count_Q) < 2:
@@ -308,5 +307,5 @@ def _interval(sums: Floats, counts_QS: Floats, draws: int, seed: int) -> tuple[F
         n_P = drawn_PQ @ count_Q
         mine = np.tensordot(drawn_PQ[n_P > 0], sums[..., source, :], axes=1)
         ratios = mine / n_P[n_P > 0].reshape(-1, *[1] * (mine.ndim - 1))
-        out[..., source, :] = np.quantile(ratios, [tail, 1 - tail], axis=0)
+        out[..., source, :] = ends(ratios)
     return out[0], out[1]

@@ -14,7 +14,7 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from ernie_lab.analysis.attention_measures import Floats, Measured
-from ernie_lab.interventions.bootstrap import CONFIDENCE, draws_of
+from ernie_lab.interventions.bootstrap import draws_of, ends
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -170,7 +170,6 @@ def _interval(
     sums: Floats, n: NDArray[np.int64], draws_RD: NDArray[np.int64]
 ) -> tuple[Floats, Floats]:
     low, high = np.full(sums.shape[:-1], np.nan), np.full(sums.shape[:-1], np.nan)
-    tail = (1 - CONFIDENCE) / 2
     # Layer by layer: all draws of all heads at one time would be the largest array here.
     for measure, layer, group in np.ndindex(*n.shape[:-1]):
         if np.count_nonzero(n[measure, layer, group]) < 2:
@@ -179,6 +178,5 @@ def _interval(
         means_RH = draws_RD @ sums[measure, layer, :, group].T
         # A draw of documents without such a query says nothing about the mean.
         means_RH = means_RH[drawn_R > 0] / drawn_R[drawn_R > 0, None]
-        ends = np.quantile(means_RH, [tail, 1 - tail], axis=0)
-        low[measure, layer, :, group], high[measure, layer, :, group] = ends
+        low[measure, layer, :, group], high[measure, layer, :, group] = ends(means_RH)
     return low, high

@@ -25,7 +25,6 @@ from ernie_lab.analysis.balance import (
 )
 from ernie_lab.analysis.token_groups import (
     By,
-    Floats,
     Integers,
     documents_of,
     groups_of,
@@ -34,7 +33,7 @@ from ernie_lab.analysis.token_groups import (
     strata_of,
     stratified_draws,
 )
-from ernie_lab.interventions.bootstrap import CONFIDENCE, estimate
+from ernie_lab.interventions.bootstrap import basic_interval, estimate
 
 # What no statistic can be beyond, so that an interval cannot either; E - 1 bounds MaxVio.
 _BOUNDS: dict[Statistic, tuple[float, float]] = {
@@ -169,14 +168,6 @@ def counts_by_document(
     return found.reshape(n_documents, n_experts)
 
 
-def interval(value: float, drawn: Floats, bounds: tuple[float, float]) -> tuple[float, float]:
-    """The basic bootstrap interval [2 t - q_high, 2 t - q_low], within what is possible."""
-    tail = (1 - CONFIDENCE) / 2
-    below, above = np.quantile(drawn, [tail, 1 - tail])
-    low, high = np.clip([2 * value - above, 2 * value - below], *bounds)
-    return float(low), float(high)
-
-
 def _row(
     counts_DE: Integers, strata_D: Integers, k: int, draws: int, n_draws: int, seed: int
 ) -> dict[str, Any]:
@@ -199,7 +190,7 @@ def _row(
         chance = multinomial_reference(n_tokens, n_experts, k, name, draws, seed)
         low, high = np.nan, np.nan
         if len(there_DE) > 1:
-            low, high = interval(value, statistic(drawn_BE), _BOUNDS[name])
+            low, high = basic_interval(value, statistic(drawn_BE), _BOUNDS[name])
         row |= {name: value, f"{name}_low": low, f"{name}_high": high}
         row |= {f"{name}_uniform_{what}": getattr(chance, what) for what in ("mean", "p05", "p95")}
     of_documents = max_violation(there_DE)

@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ernie_lab.analysis.information import Codes, Floats, Rows, spread
+from ernie_lab.analysis.information import Codes, Floats, Rows
 from ernie_lab.analysis.nulls import (
     Choice,
     Permuted,
@@ -21,7 +21,7 @@ from ernie_lab.analysis.nulls import (
     permuted,
     redrawn,
 )
-from ernie_lab.interventions.bootstrap import draws_of
+from ernie_lab.interventions.bootstrap import centred_interval, draws_of
 from ernie_lab.model.redraw import VARIANTS, max_violation, thinned
 
 PERMUTED, UNTRAINED = "permuted labels", "untrained twin"
@@ -149,7 +149,7 @@ def layer_specialisation(
     told["above"] = all(bits > float(told[f"{variant}_p95"]) for variant in VARIANTS)
     every = np.concatenate([of_null[name] for name in REDRAWN.values()])
     told["excess"] = bits - float(every.mean())
-    told["excess_low"], told["excess_high"] = spread(
+    told["excess_low"], told["excess_high"] = centred_interval(
         float(told["excess"]), _difference(rows, question, resampled)
     )
     told |= {"label_bits": rows.label_bits(), "expert_bits": rows.expert_bits()}

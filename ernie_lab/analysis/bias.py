@@ -26,7 +26,7 @@ import torch
 from numpy.typing import NDArray
 
 from ernie_lab.analysis.balance import load, max_violation, multinomial_reference
-from ernie_lab.analysis.balance_groups import counts_by_document, interval
+from ernie_lab.analysis.balance_groups import counts_by_document
 from ernie_lab.analysis.token_groups import (
     By,
     Floats,
@@ -38,7 +38,7 @@ from ernie_lab.analysis.token_groups import (
     strata_of,
     stratified_draws,
 )
-from ernie_lab.interventions.bootstrap import CONFIDENCE, estimate
+from ernie_lab.interventions.bootstrap import basic_interval, estimate, interval
 from ernie_lab.model.losses import unbiased_choice
 from ernie_lab.trace.routing import require_choice, selection_scores
 
@@ -249,7 +249,7 @@ def _violations(
     low, high = np.nan, np.nan
     if draws.shape[1] > 1:
         drawn_B = max_violation(draws @ counts_DE) - max_violation(draws @ other_DE)
-        low, high = interval(change, drawn_B, (-np.inf, np.inf))
+        low, high = basic_interval(change, drawn_B)
     column = f"{name}_max_violation"
     ends = {f"{column}_change_low": low, f"{column}_change_high": high}
     return {column: without, f"{column}_change": change} | ends
@@ -260,16 +260,13 @@ def _correlation(
 ) -> dict[str, float]:
     rng = np.random.default_rng(seed)
     load_E = other_DE.sum(0).astype(np.float64)
-    low, high = np.nan, np.nan
-    tail = (1 - CONFIDENCE) / 2
-    if draws.shape[1] > 1:
-        low, high = np.nanquantile(_pearson(bias_E, draws @ other_DE), [tail, 1 - tail])
+    low, high = interval(_pearson(bias_E, draws @ other_DE), draws.shape[1])
     orders = np.stack([rng.permutation(load_E) for _ in range(1000)])
     chance = np.abs(_pearson(bias_E, orders))
     return {
         "correlation": float(_pearson(bias_E, load_E[None])[0]),
-        "correlation_low": float(low),
-        "correlation_high": float(high),
+        "correlation_low": low,
+        "correlation_high": high,
         "correlation_chance": float(np.quantile(chance, 0.95)),
     }
 

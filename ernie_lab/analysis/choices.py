@@ -16,7 +16,6 @@ from numpy.typing import NDArray
 
 from ernie_lab.analysis.balance import n_experts_of
 from ernie_lab.analysis.token_groups import Integers, documents_of, layers_of, routing_of
-from ernie_lab.interventions.bootstrap import CONFIDENCE
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -101,16 +100,6 @@ def ids_of(routing: Any) -> Any:
             "trace, or trace.routing('text') and trace.routing('vision') of a model with two banks"
         )
     return ids
-
-
-def interval(drawn: NDArray[Any], n_documents: int) -> tuple[float, float]:
-    """The 95 % percentile interval of what draws of documents gave; NaN for a single document."""
-    known = drawn[np.isfinite(drawn)]
-    if n_documents < 2 or not known.size:
-        return np.nan, np.nan
-    tail = (1 - CONFIDENCE) / 2
-    low, high = np.quantile(known, [tail, 1 - tail])
-    return float(low), float(high)
 
 
 def place_of(layer: int, layers: Sequence[int]) -> int:

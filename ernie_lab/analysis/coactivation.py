@@ -15,9 +15,9 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from ernie_lab.analysis.choices import Choices, choices, interval, place_of
+from ernie_lab.analysis.choices import Choices, choices, place_of
 from ernie_lab.analysis.subsets import pair_chance
-from ernie_lab.interventions.bootstrap import draws_of
+from ernie_lab.interventions.bootstrap import draws_of, interval
 
 if TYPE_CHECKING:
     import xarray as xr

@@ -21,9 +21,9 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from ernie_lab.analysis.choices import Choices, choices, ids_of, interval, place_of
+from ernie_lab.analysis.choices import Choices, choices, ids_of, place_of
 from ernie_lab.analysis.token_groups import By, Floats, Integers, groups_of, token_coordinate
-from ernie_lab.interventions.bootstrap import draws_of
+from ernie_lab.interventions.bootstrap import draws_of, interval
 
 KINDS = ("token and previous", "token", "document", "neither")
 REFERENCE = "neither"

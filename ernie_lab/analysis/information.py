@@ -19,7 +19,7 @@ from numpy.typing import ArrayLike, NDArray
 from scipy.sparse import csr_matrix
 from scipy.special import xlogy
 
-from ernie_lab.interventions.bootstrap import CONFIDENCE
+from ernie_lab.interventions.bootstrap import centred_interval
 
 Floats: TypeAlias = NDArray[np.float64]
 Codes: TypeAlias = NDArray[np.int64]
@@ -157,8 +157,8 @@ class Rows:
     def interval(self, draws_RD: NDArray[np.int64]) -> tuple[float, float, float]:
         """The bits, and what their draws spread over; NaN for a single document."""
         found = float(self.bits(np.ones((1, draws_RD.shape[1]), dtype=np.int64))[0])
-        low, high = spread(found, self.bits(draws_RD) if self.n_documents > 1 else None)
-        return found, low, high
+        drawn_R = self.bits(draws_RD) if self.n_documents > 1 else None
+        return found, *centred_interval(found, drawn_R)
 
     def label_bits(self) -> float:
         return self._bits_of("label")
@@ -188,15 +188,6 @@ class Rows:
         plug_in_R, seen_R = (np.concatenate(both) for both in zip(*found, strict=True))
         with np.errstate(invalid="ignore", divide="ignore"):
             return np.asarray(plug_in_R + (seen_R - 1) / (2 * kish * rows_R))
-
-
-def spread(found: float, drawn_R: Floats | None) -> tuple[float, float]:
-    """The 95 % spread of draws around their own mean, laid around what was found."""
-    if drawn_R is None or not np.isfinite(drawn_R).any():
-        return np.nan, np.nan
-    tail = (1 - CONFIDENCE) / 2
-    low, high = np.nanquantile(drawn_R, [tail, 1 - tail]) - np.nanmean(drawn_R)
-    return found + float(low), found + float(high)
 
 
 def _parts(draws_RD: NDArray[np.int64], n_cells: int) -> Iterator[NDArray[np.int64]]:

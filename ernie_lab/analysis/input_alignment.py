@@ -19,7 +19,7 @@ from ernie_lab.analysis.choices import Choices, choices, place_of
 from ernie_lab.analysis.components import HasModel
 from ernie_lab.analysis.geometry import mixture
 from ernie_lab.analysis.token_groups import Floats, Integers
-from ernie_lab.interventions.bootstrap import CONFIDENCE, draws_of
+from ernie_lab.interventions.bootstrap import draws_of, ends
 from ernie_lab.model.kinds import Model
 from ernie_lab.model.redraw import NotBalanced, OtherRouter, choose, redraw
 
@@ -60,11 +60,9 @@ def input_alignment(
     once = np.ones((1, chosen.n_documents), np.int64)
     sent_E, not_sent_E, apart_E = (one[0] for one in _cosines(weight_ED, sums, once))
     drawn_DE = _drawn(weight_ED, sums, draws_of(chosen.n_documents, draws, seed))
-    tail = (1 - CONFIDENCE) / 2
     low_E, high_E = np.full((2, chosen.n_experts), np.nan)
     known_E = np.isfinite(drawn_DE).any(0) & (chosen.n_documents > 1)
-    bounds = np.nanquantile(drawn_DE[:, known_E], [tail, 1 - tail], axis=0)
-    low_E[known_E], high_E[known_E] = bounds
+    low_E[known_E], high_E[known_E] = ends(drawn_DE[:, known_E])
     random = _redrawn(router.correction_bias_E, weight_ED, states_ND, chosen, redraws, seed)
     return pd.DataFrame(
         {

@@ -25,7 +25,7 @@ from ernie_lab.analysis.token_groups import (
     routing_of,
     token_coordinate,
 )
-from ernie_lab.interventions.bootstrap import CONFIDENCE, draws_of
+from ernie_lab.interventions.bootstrap import draws_of, ends
 
 
 def first_slots(ids: Any, k: int | None) -> NDArray[Any]:
@@ -72,7 +72,6 @@ def domain_specialisation(
     cell_N = (document_N * n_labels + groups.code_N)[kept]
     size = n_documents * n_labels
     tokens_DC = np.bincount(cell_N, minlength=size).reshape(n_documents, n_labels)
-    tail = (1 - CONFIDENCE) / 2
     found = {name: [] for name in ("share", "low", "high")}  # type: ignore[var-annotated]
     for ids_NK in ids_LNK[:, kept]:
         cell_M = (cell_N[:, None] * n_experts + ids_NK).ravel()
@@ -83,7 +82,7 @@ def domain_specialisation(
         n_RC[n_RC == 0] = np.nan
         draws_RCE = (drawn @ hits).reshape(shape) / n_RC[:, :, None]
         share_CE = hits.sum(0).reshape(n_labels, n_experts) / tokens_DC.sum(0)[:, None]
-        low_CE, high_CE = np.nanquantile(draws_RCE, [tail, 1 - tail], axis=0)
+        low_CE, high_CE = ends(draws_RCE)
         alone_C = (tokens_DC > 0).sum(0) < 2
         low_CE[alone_C] = high_CE[alone_C] = np.nan
         for name, values in zip(found, (share_CE, low_CE, high_CE), strict=True):

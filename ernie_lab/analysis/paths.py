@@ -13,12 +13,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
-from ernie_lab.analysis.choices import Choices, choices, ids_of, interval
+from ernie_lab.analysis.choices import Choices, choices, ids_of
 from ernie_lab.analysis.information import Rows
 from ernie_lab.analysis.nulls import Permuted, permuted
 from ernie_lab.analysis.token_groups import By, Integers, groups_of, token_coordinate
 from ernie_lab.display import visible
-from ernie_lab.interventions.bootstrap import draws_of
+from ernie_lab.interventions.bootstrap import draws_of, interval
 
 if TYPE_CHECKING:
     import xarray as xr

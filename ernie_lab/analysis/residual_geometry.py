@@ -30,14 +30,12 @@ import pandas as pd
 from numpy.typing import NDArray
 from scipy import sparse
 
-from ernie_lab.interventions.bootstrap import CONFIDENCE, draws_of, estimate
+from ernie_lab.interventions.bootstrap import draws_of, estimate, interval
 
 if TYPE_CHECKING:
     import xarray as xr
 
 Floats: TypeAlias = NDArray[np.float64]
-
-_TAIL = (1 - CONFIDENCE) / 2
 
 
 @dataclass(frozen=True, slots=True, eq=False, repr=False)
@@ -109,12 +107,12 @@ def residual_geometry(
         drawn, shuffled = sums.drawn(drawn_PQ), _shuffled(x_ND, kind_N, orders, len(kinds))
         whole = sums.drawn(np.ones((1, n_documents)))
         for a, b in combinations(range(len(kinds)), 2):
-            low, high = _interval(_cosine(drawn, a, b), n_documents)
+            low, high = interval(_cosine(drawn, a, b), n_documents)
             cosines[layer, kinds[a], kinds[b]] = {
                 "cosine": float(_cosine(whole, a, b)[0]), "low": low, "high": high,
                 "null_p05": float(np.quantile(_cosine(shuffled, a, b), 0.05)),
             }  # fmt: skip
-        low, high = _interval(_share(drawn), n_documents)
+        low, high = interval(_share(drawn), n_documents)
         between[layer] = {
             "share": float(_share(whole)[0]), "low": low, "high": high,
             "null_p95": float(np.quantile(_share(shuffled), 0.95)),
@@ -199,14 +197,6 @@ def _share(of: _Centroids) -> Floats:
 
 def _divided(a_P: Floats, b_P: Floats) -> Floats:
     return np.divide(a_P, b_P, where=b_P > 0, out=np.full_like(a_P, np.nan))
-
-
-def _interval(values_P: Floats, n_documents: int) -> tuple[float, float]:
-    there = values_P[np.isfinite(values_P)]
-    if n_documents < 2 or not len(there):
-        return np.nan, np.nan
-    low, high = np.quantile(there, [_TAIL, 1 - _TAIL])
-    return float(low), float(high)
 
 
 def _shuffles(document_N: NDArray[np.int64], n: int, seed: int) -> NDArray[np.int64]:

@@ -14,7 +14,6 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from ernie_lab.analysis.balance_groups import interval
 from ernie_lab.analysis.token_groups import (
     By,
     Floats,
@@ -24,7 +23,7 @@ from ernie_lab.analysis.token_groups import (
     strata_of,
     stratified_draws,
 )
-from ernie_lab.interventions.bootstrap import estimate
+from ernie_lab.interventions.bootstrap import basic_interval, estimate
 from ernie_lab.model.losses import orthogonal_loss, switch_loss, unbiased_choice, z_loss
 
 
@@ -94,7 +93,7 @@ def _switch_interval(
     once_NE = torch.zeros_like(probs_NE).scatter(1, ids_NK, 1.0)
     slots_DE = torch.zeros(n_documents, n_experts, dtype=torch.float64).index_add(0, of_D, once_NE)
     load_BE, mean_BE = (_rows_to_one(draws @ x.numpy()) for x in (slots_DE, probs_DE))
-    return interval(value, n_experts * (load_BE * mean_BE).sum(1), (0.0, np.inf))
+    return basic_interval(value, n_experts * (load_BE * mean_BE).sum(1), (0.0, np.inf))
 
 
 def _rows_to_one(sums_BE: Floats) -> Floats:

@@ -15,7 +15,7 @@ import numpy as np
 import pandas as pd
 from numpy.typing import ArrayLike, NDArray
 
-from ernie_lab.interventions.bootstrap import CONFIDENCE, draws_of, estimate
+from ernie_lab.interventions.bootstrap import draws_of, estimate, interval
 
 if TYPE_CHECKING:
     import xarray as xr
@@ -131,9 +131,7 @@ def _median_interval(
         first_P = (2 * weights_PN >= weights_PN[:, -1:]).argmax(axis=1)
         second_P = (2 * weights_PN > weights_PN[:, -1:]).argmax(axis=1)
         medians += ((sorted_N[first_P] + sorted_N[second_P]) / 2).tolist()
-    tail = (1 - CONFIDENCE) / 2
-    low, high = np.quantile(medians, [tail, 1 - tail])
-    return float(low), float(high)
+    return interval(medians, drawn_PQ.shape[1])
 
 
 def _divided(a_N: Floats, b_N: Floats) -> Floats:

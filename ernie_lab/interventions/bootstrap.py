@@ -65,7 +65,52 @@ def estimate(values: ArrayLike, document: ArrayLike, draws: NDArray[np.int64]) -
         return Estimate(value, np.nan, np.nan, n)
     drawn = draws @ counts
     # A draw of documents without any value says nothing about the mean.
-    means = (draws @ sums)[drawn > 0] / drawn[drawn > 0]
-    tail = (1 - CONFIDENCE) / 2
-    low, high = np.quantile(means, [tail, 1 - tail])
+    low, high = ends((draws @ sums)[drawn > 0] / drawn[drawn > 0])
     return Estimate(value, float(low), float(high), n)
+
+
+def ends(drawn: ArrayLike) -> Floats:
+    """The percentiles between which 95 % of the draws lie, `[2 …]` of drawn `[draw …]`.
+
+    A draw of NaN is left out; one number at least must be known for each entry.
+    """
+    values = np.asarray(drawn, dtype=np.float64)
+    quantile = np.nanquantile if np.isnan(values).any() else np.quantile
+    tail = (1 - CONFIDENCE) / 2
+    return np.asarray(quantile(values, [tail, 1 - tail], axis=0))
+
+
+def interval(drawn: ArrayLike, n_documents: int) -> tuple[float, float]:
+    """The percentile interval of one number over its draws; NaN for a single document."""
+    values = np.asarray(drawn, dtype=np.float64)
+    known = values[np.isfinite(values)]
+    if n_documents < 2 or not known.size:
+        return np.nan, np.nan
+    low, high = ends(known)
+    return float(low), float(high)
+
+
+def basic_interval(
+    value: float, drawn: ArrayLike, bounds: tuple[float, float] = (-np.inf, np.inf)
+) -> tuple[float, float]:
+    """The basic interval [2 t - q_high, 2 t - q_low], within what is possible.
+
+    For statistics that a draw shifts to one side, as any draw of documents is less even than the
+    documents: what it adds is taken off twice. Source: Davison and Hinkley 1997, section 5.2.
+    """
+    below, above = ends(drawn)
+    low, high = np.clip([2 * value - above, 2 * value - below], *bounds)
+    return float(low), float(high)
+
+
+def centred_interval(value: float, drawn: ArrayLike | None) -> tuple[float, float]:
+    """How far draws spread around their own mean, laid around the value found; NaN without draws.
+
+    For bits: draws repeat documents, which adds information that only the repetition has, and
+    their mean shows how much.
+    """
+    values = np.asarray(np.nan if drawn is None else drawn, dtype=np.float64)
+    if not np.isfinite(values).any():
+        return np.nan, np.nan
+    low, high = ends(values) - np.nanmean(values)
+    return value + float(low), value + float(high)

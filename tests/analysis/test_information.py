@@ -14,7 +14,6 @@ from ernie_lab.analysis.information import (
     codes_of,
     information_of_counts,
     mutual_information,
-    spread,
 )
 from ernie_lab.interventions.bootstrap import draws_of
 
@@ -159,10 +158,3 @@ def test_a_draw_counts_documents_as_often_as_they_were_drawn() -> None:
     rows = Rows.of(label, ids, np.arange(3), 2)
     twice = Rows.of(label[[0, 0, 1]], ids[[0, 0, 1]], np.arange(3), 2)
     assert rows.bits(np.array([[2, 1, 0]]))[0] == pytest.approx(twice.bits(once(3))[0])
-
-
-def test_spread_is_centred() -> None:
-    drawn = np.linspace(10, 20, 1001)
-    low, high = spread(1.0, drawn)
-    assert (low, high) == pytest.approx((1 - 4.75, 1 + 4.75))
-    assert np.isnan(spread(1.0, None)).all()

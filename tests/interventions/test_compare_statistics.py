@@ -7,7 +7,14 @@ import pandas as pd
 import pytest
 import torch
 
-from ernie_lab.interventions.bootstrap import draws_of, estimate
+from ernie_lab.interventions.bootstrap import (
+    basic_interval,
+    centred_interval,
+    draws_of,
+    ends,
+    estimate,
+    interval,
+)
 from ernie_lab.interventions.fingerprint import CannotFingerprint, fingerprint
 from ernie_lab.interventions.metrics import (
     at_predictors,
@@ -84,6 +91,30 @@ def test_one_document_has_no_interval() -> None:
     assert found.value == 1.5
     assert math.isnan(found.low)
     assert math.isnan(estimate([math.nan], [0], draws_of(1, 10, seed=0)).value)
+
+
+def test_intervals_of_draws_by_hand() -> None:
+    drawn = np.linspace(1, 2, 1001)
+    assert interval([*drawn, math.nan, math.inf], 2) == pytest.approx((1.025, 1.975))
+    assert np.isnan([*interval(drawn, 1), *interval([math.nan], 2)]).all()
+    both = np.stack([drawn, 10 * drawn], axis=1)
+    assert ends(both) == pytest.approx(np.array([[1.025, 10.25], [1.975, 19.75]]))
+    both[0, 0] = math.nan
+    assert ends(both)[:, 1] == pytest.approx([10.25, 19.75])
+    assert ends(both)[0, 0] == pytest.approx(1.001 + 0.025 * 0.999)
+
+
+def test_the_basic_interval_turns_the_draws_round_the_value() -> None:
+    drawn = np.linspace(1, 2, 1001)
+    assert basic_interval(1.2, drawn, (0, np.inf)) == pytest.approx((2.4 - 1.975, 2.4 - 1.025))
+    assert basic_interval(0.5, drawn, (0, np.inf)) == (0, 0)
+    assert basic_interval(0.5, drawn)[0] == pytest.approx(1 - 1.975)
+
+
+def test_the_centred_interval_lies_around_what_was_found() -> None:
+    drawn = [*np.linspace(10, 20, 1001), math.nan]
+    assert centred_interval(1.0, drawn) == pytest.approx((1 - 4.75, 1 + 4.75))
+    assert np.isnan([*centred_interval(1.0, None), *centred_interval(1.0, [math.nan])]).all()
 
 
 def test_the_floor_is_the_95th_percentile_of_the_size() -> None:
