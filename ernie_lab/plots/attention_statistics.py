@@ -11,6 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.colors import Normalize, PowerNorm
 from numpy.typing import NDArray
 
+from ernie_lab.plots.given import require
 from ernie_lab.plots.style import AMOUNT, INK, OKABE_ITO, PALE, RULE
 from ernie_lab.plots.view import Sheet, View
 
@@ -84,6 +85,9 @@ def plot_attention_statistics(
     by their square root on one scale, 0 to 1; the others from 0 to their largest value. On `ax`
     one statistic is drawn.
     """
+    require(
+        found, "Dataset", "plot_attention_statistics", "el.analysis.attention_statistics(trace)"
+    )
     panels = [_panel(found, name, twin) for name in _chosen(found, statistic)]
     if ax is not None and len(panels) != 1:
         raise ValueError(f"{len(panels)} statistics do not fit on one ax: name one of them")

@@ -9,6 +9,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.patches import Patch
 
+from ernie_lab.plots.given import require
 from ernie_lab.plots.pictures import Floats
 from ernie_lab.plots.style import INK, MUTED, OKABE_ITO, RULE
 from ernie_lab.plots.tokens import shown_text
@@ -59,6 +60,9 @@ def plot_attribution(
     mean over all of them, with thin lines from the 5th to the 95th percentile. The last bar is
     the sum of the others; the caption says what the model had and how far the sum is from it.
     """
+    require(
+        attribution, "Attribution", "plot_attribution", "el.analysis.direct_logit_attribution(…)"
+    )
     summed = _Sum.of(attribution, row, n)
     names = [*summed.names, *summed.rest_name, "sum"]
     values = np.array([*summed.values, *summed.rest, summed.total])

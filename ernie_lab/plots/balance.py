@@ -9,6 +9,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from numpy.typing import NDArray
 
+from ernie_lab.plots.given import require
 from ernie_lab.plots.style import INK, MUTED, OKABE_ITO, RULE
 from ernie_lab.plots.tokens import drawable, shortened
 from ernie_lab.plots.view import Sheet, View
@@ -61,6 +62,7 @@ def plot_balance(
     the smallest and the largest group together. A filled point is outside the band of its own
     group, a hollow one inside it. On `ax` the first of `statistics` is drawn.
     """
+    require(table, "DataFrame", "plot_balance", "el.analysis.balance_by(routing)")
     groups = _groups(table)
     layers = [int(layer) for layer in dict.fromkeys(table.index.get_level_values("layer"))]
     wanted = list(statistics) if ax is None else list(statistics)[:1]

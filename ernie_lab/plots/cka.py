@@ -18,6 +18,7 @@ from ernie_lab.plots.by_layer import (
     panel_name,
     twin_handle,
 )
+from ernie_lab.plots.given import require
 from ernie_lab.plots.style import AMOUNT, INK, MUTED, OKABE_ITO, PALE, RULE
 from ernie_lab.plots.view import Sheet, View
 
@@ -109,6 +110,7 @@ def plot_paired_cka(
     caption: str | None = None,
 ) -> View | Axes:
     """`paired_cka` by layer, beside shuffled pairs; `pairs` says what belongs together."""
+    require(table, "DataFrame", "plot_paired_cka", "el.analysis.paired_cka(…)", ("cka", "null_p95"))
     layers = [int(layer) for layer in table.index]
     with Sheet(ax, 6.4, 3.7) as sheet:
         own = sheet.ax

@@ -9,6 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
 
 from ernie_lab.analysis.contexts import KINDS
+from ernie_lab.plots.given import require
 from ernie_lab.plots.style import INK, OKABE_ITO, RULE
 from ernie_lab.plots.view import Sheet, View
 
@@ -50,6 +51,7 @@ def plot_contexts(
     `label` says what is the same or other ("token", "glyph"). Shaded: 95 % over documents. A kind
     with fewer than 20 pairs is left out, and the caption says so.
     """
+    require(table, "DataFrame", "plot_contexts", "el.analysis.context_overlap(routing)")
     absent = [name for name in ("layer", "kind", "jaccard", "low", "high") if name not in table]
     if absent or table.empty:
         raise ValueError(

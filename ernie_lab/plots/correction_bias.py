@@ -11,6 +11,7 @@ from matplotlib.colors import Normalize
 from numpy.typing import NDArray
 
 from ernie_lab.analysis.bias import BiasLedger
+from ernie_lab.plots.given import require
 from ernie_lab.plots.style import DEVIATION, INK, MUTED, OKABE_ITO, RULE
 from ernie_lab.plots.view import Sheet, View
 
@@ -51,6 +52,7 @@ def plot_correction_bias(
     experts, the experts of every layer in the order of their bias. `layers` narrows; on `ax` a
     single layer is drawn.
     """
+    require(ledger, "BiasLedger", "plot_correction_bias", "el.analysis.bias_ledger(routing)")
     numbers = chosen(ledger, layers)
     name = f"{bank + ' ' if bank else ''}experts"
     if len(numbers) > MAX_PANELS:

@@ -10,6 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
 
 from ernie_lab.plots.by_layer import Line, draw, handle, layer_axis, panel_name, twin_handle
+from ernie_lab.plots.given import require
 from ernie_lab.plots.style import MUTED, OKABE_ITO
 from ernie_lab.plots.view import Sheet, View
 
@@ -39,6 +40,12 @@ def plot_counterfactual(
     A column for each direction, by whose tokens cross; rows: cosine, relative size, and how far the
     layer's output moves. `untrained` has the same tables of an untrained twin, dashed.
     """
+    require(
+        tables,
+        Mapping,
+        "plot_counterfactual",
+        "el.analysis.cross_bank_counterfactual(trace, lab, bank) by name",
+    )
     if not tables or any(name not in ("text", "vision") for name in tables):
         raise ValueError(
             f'tables of {list(tables)}: name each "text" or "vision", whose tokens cross'

@@ -9,6 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.colors import Normalize
 from numpy.typing import NDArray
 
+from ernie_lab.plots.given import require
 from ernie_lab.plots.style import DEVIATION, INK, RULE
 from ernie_lab.plots.tokens import drawable, shortened
 from ernie_lab.plots.view import Sheet, View
@@ -45,6 +46,9 @@ def plot_domain_load(
     The colour is logarithmic in share / fair share, so that half and double are equally far from
     white. Up to 24 experts have the share in percent in their cell; × is none at all.
     """
+    require(
+        found, "Dataset", "plot_domain_load", "el.analysis.domain_specialisation(routing, labels)"
+    )
     share_CE, low_CE, high_CE, layer, names = _picked(found, layer)
     fair = float(found.attrs["fair_share"])
     n_labels, n_experts = share_CE.shape

@@ -20,6 +20,7 @@ from ernie_lab.plots.effect_rows import (
     said_of_floor,
     said_of_interval,
 )
+from ernie_lab.plots.given import require
 from ernie_lab.plots.pictures import Floats
 from ernie_lab.plots.style import AMOUNT, INK, MUTED, OKABE_ITO, RULE
 from ernie_lab.plots.tokens import drawable, shortened
@@ -61,6 +62,7 @@ def plot_effects_by_layer(
     `lines` says which condition is which: `{"shared off": {1: "shared 1", 2: "shared 2"}}`, kind
     to true layer to the condition's name. Conditions that are not named are left out.
     """
+    require(comparison, "Comparison", "plot_effects_by_layer", "el.compare(…)")
     words = metric_of(comparison, metric)
     rows = rows_of(comparison.conditions, metric)
     _check_lines(lines, rows)
@@ -124,6 +126,7 @@ def plot_routing_drift(
     Up to six conditions are lines with intervals over the noise floor; more are a heat map,
     one row each, `conditions` in their order. `bank` is needed where a model has two.
     """
+    require(comparison, "Comparison", "plot_routing_drift", "el.compare(…)")
     table = _of_bank(comparison.routing, bank)
     names = [str(name) for name in dict.fromkeys(table["condition"])]
     shown = names if conditions is None else list(conditions)

@@ -27,6 +27,7 @@ from ernie_lab.plots.effect_rows import (
     said_of_interval,
     sheet_size,
 )
+from ernie_lab.plots.given import require
 from ernie_lab.plots.view import Sheet, View
 
 if TYPE_CHECKING:
@@ -73,6 +74,7 @@ def plot_effects(
         order: of the conditions, and of the controls: as given, or by size of the effect.
         beside: the same conditions on other prompts, drawn below each row in orange.
     """
+    require(comparison, "Comparison", "plot_effects", "el.compare(…)")
     words = metric_of(comparison, metric)
     rows = _ordered(rows_of(comparison.conditions, metric), words, order)
     tables = [rows] if beside is None else [rows, _same(beside, rows, metric)]
@@ -122,6 +124,7 @@ def plot_mediation(
 
     `measure` is one of `effects.table.measure`: these add up. KLs do not, and are in the table.
     """
+    require(effects, "Effects", "plot_mediation", "el.effects(…)")
     table = effects.table[effects.table["measure"] == measure].set_index("effect")
     if not len(table):
         known = ", ".join(map(repr, dict.fromkeys(effects.table["measure"])))

@@ -11,6 +11,7 @@ from matplotlib.colors import Normalize
 
 from ernie_lab.analysis.bias import BiasLedger
 from ernie_lab.plots.correction_bias import Floats, by_expert, chosen, heat
+from ernie_lab.plots.given import require
 from ernie_lab.plots.style import INK, MUTED, OKABE_ITO, RULE
 from ernie_lab.plots.view import Sheet, View
 
@@ -44,6 +45,7 @@ def plot_expert_shift(
     line across. Beyond that, or on `ax` with several layers, a heat map of the difference.
     `layers` narrows.
     """
+    require(ledger, "BiasLedger", "plot_expert_shift", "el.analysis.bias_ledger(routing)")
     numbers = chosen(ledger, layers)
     added_LE, displaced_LE = (
         100 * by_expert(ledger, column, numbers) for column in ("added", "displaced")

@@ -10,6 +10,7 @@ from matplotlib.lines import Line2D
 
 from ernie_lab.analysis.modality_isolation import ModalityIsolation
 from ernie_lab.plots.by_layer import KINDS, Line, draw, handle, layer_axis, panel_name
+from ernie_lab.plots.given import require
 from ernie_lab.plots.pictures import Floats
 from ernie_lab.plots.shared_ratio import plot_shared_ratio
 from ernie_lab.plots.style import AMOUNT, INK, MUTED, OKABE_ITO, PALE
@@ -33,6 +34,12 @@ def plot_isolation(
     3. What the shared experts write, by what tokens are.
     4. Who looks at whom, mean over layers and heads, beside looking evenly.
     """
+    require(
+        isolation,
+        "ModalityIsolation",
+        "plot_isolation",
+        "el.analysis.modality_isolation(lab, prompts)",
+    )
     report, routers = isolation.report, isolation.routers
     with Sheet(None, 9.6, 8.4, (2, 2)) as sheet:
         proof, rows, shared, attention = sheet.axes

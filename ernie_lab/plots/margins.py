@@ -11,6 +11,7 @@ from matplotlib.colors import Normalize
 from matplotlib.ticker import FuncFormatter, NullFormatter
 from numpy.typing import NDArray
 
+from ernie_lab.plots.given import require
 from ernie_lab.plots.style import AMOUNT, INK, OKABE_ITO, RULE
 from ernie_lab.plots.view import Sheet, View
 
@@ -49,6 +50,7 @@ def plot_margins(
     Bar: the middle half, with the median; line: 5th to 95th percentile. Where the table has
     `noise`, its level is marked and the share of tokens within it written at the right.
     """
+    require(table, "DataFrame", "plot_margins", "el.analysis.margin_table(routing)")
     layers = _layers(table, ["p05", "p25", "p50", "p75", "p95"])
     points = table[["p05", "p25", "p50", "p75", "p95"]].to_numpy(dtype=float)
     has_noise = "noise" in table
@@ -175,6 +177,13 @@ def plot_margin_flips(
 
     `what` names the run that is compared, such as "bfloat16" or "without the bias".
     """
+    require(
+        table,
+        "DataFrame",
+        "plot_margin_flips",
+        "el.analysis.flips_by_margin(base, other)",
+        ("flips", "margin_low", "margin_high"),
+    )
     wide = table["flips"].unstack("bin")
     layers = [int(layer) for layer in wide.index]
     if len(layers) > MAX_LAYERS:

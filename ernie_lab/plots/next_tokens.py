@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, overload
 import numpy as np
 from matplotlib.axes import Axes
 
+from ernie_lab.plots.given import require
 from ernie_lab.plots.style import INK, MUTED, OKABE_ITO, RULE
 from ernie_lab.plots.tokens import labels
 from ernie_lab.plots.view import Sheet, View
@@ -41,6 +42,9 @@ def plot_next_tokens(
 
     `actual` is the token with which the text really goes on, if it is among them.
     """
+    require(
+        table, "DataFrame", "plot_next_tokens", "explore_ablation(…).change.next_tokens(position)"
+    )
     if absent := [name for name in ("token", "base", "edited") if name not in table]:
         raise ValueError(f"the table has no column {' and '.join(absent)}; it has {list(table)}")
     if not 0 < len(table) <= MAX_TOKENS:

@@ -16,6 +16,7 @@ from ernie_lab.plots.by_layer import (
     panel_name,
     twin_handle,
 )
+from ernie_lab.plots.given import require
 from ernie_lab.plots.style import INK, MUTED, OKABE_ITO, PALE
 from ernie_lab.plots.view import Sheet, View
 
@@ -38,6 +39,12 @@ def plot_residual_geometry(
     `untrained` is the geometry of an untrained twin on the same tokens, dashed: what is alike in
     both is of the architecture and of how pictures enter.
     """
+    require(
+        geometry,
+        "ResidualGeometry",
+        "plot_residual_geometry",
+        "el.analysis.residual_geometry(trace)",
+    )
     layers = [int(layer) for layer in geometry.between.index]
     pairs = [tuple(map(str, pair)) for pair in geometry.cosines.droplevel(0).index.unique()]
     if len(pairs) > MAX_PAIRS:

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from ernie_lab.analysis.routing_diff import RoutingDiff
 from ernie_lab.display import ranges
+from ernie_lab.plots.given import require
 from ernie_lab.plots.style import AMOUNT, INK, MUTED, OKABE_ITO, RULE
 from ernie_lab.plots.token_names import Tokens, names
 from ernie_lab.plots.tokens import Labels, coordinate, labels
@@ -42,6 +43,7 @@ def plot_routing_diff(
         window: `(start, stop)` of its tokens, where it has more than 160.
         tokens: texts of the sequence's tokens, or `trace.tokens`; the diff's own if absent.
     """
+    require(diff, "RoutingDiff", "plot_routing_diff", "el.analysis.routing_diff(a, b)")
     shown, shown_of = _of_sequence(diff, sequence)
     start, stop, _ = slice(*(window or (None, None))).indices(shown.sizes["token"])
     layers = [int(layer) for layer in diff.by_layer.index]

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, overload
 import numpy as np
 from matplotlib.axes import Axes
 
+from ernie_lab.plots.given import require
 from ernie_lab.plots.layer_columns import layer_columns, names_at_the_end, width_of
 from ernie_lab.plots.style import INK, MARK, MUTED, PALE, RULE
 from ernie_lab.plots.view import Sheet, View
@@ -42,6 +43,7 @@ def plot_saturation(
     Later ones are darker. The grey band is chance: from what uniform routers agree by to what
     the real loads alone give, the highest of all shown.
     """
+    require(tables, Mapping, "plot_saturation", "el.analysis.router_saturation(…) by name")
     if not 0 < len(tables) <= MAX_CHECKPOINTS:
         raise ValueError(
             f"{len(tables)} checkpoints, 1 to {MAX_CHECKPOINTS} can be told apart: pass fewer"

@@ -8,6 +8,7 @@ import numpy as np
 from matplotlib.axes import Axes
 
 from ernie_lab.plots.by_layer import Line, draw, handle, layer_axis, look_of, twin_handle
+from ernie_lab.plots.given import require
 from ernie_lab.plots.style import MUTED
 from ernie_lab.plots.view import Sheet, View
 
@@ -45,6 +46,7 @@ def plot_shared_ratio(
     part of the layer's output that is the shared block's. `untrained` is the same table of an
     untrained twin, dashed.
     """
+    require(table, "DataFrame", "plot_shared_ratio", "el.analysis.shared_to_routed(…)")
     if value not in _COLUMNS:
         raise ValueError(f'value={value!r} must be "ratio" or "share"')
     if "layer" not in table.index.names:

@@ -9,6 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
+from ernie_lab.plots.given import require
 from ernie_lab.plots.layer_columns import layer_columns, width_of
 from ernie_lab.plots.style import INK, MUTED, OKABE_ITO, RULE
 from ernie_lab.plots.view import Sheet, View
@@ -46,6 +47,12 @@ def plot_specialisation(
     A filled dot is above 95 % of the redrawn routers of both kinds, a hollow one is not. Bars
     span 90 % of the redrawn routers, thin lines all of them, the notch is the median.
     """
+    require(
+        found,
+        "Specialisation",
+        "plot_specialisation",
+        "el.analysis.specialisation(routing, labels, lab)",
+    )
     model = model or found.model
     n = len(found.layers)
     with Sheet(ax, _width(n), 4.4) as sheet:

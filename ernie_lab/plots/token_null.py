@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, overload
 import numpy as np
 from matplotlib.axes import Axes
 
+from ernie_lab.plots.given import require
 from ernie_lab.plots.layer_columns import layer_columns, names_at_the_end, width_of
 from ernie_lab.plots.style import MUTED, OKABE_ITO, RULE
 from ernie_lab.plots.view import Sheet, View
@@ -39,6 +40,13 @@ def plot_token_null(
 
     What is left above the blue line needs context, or more text to learn the ids from.
     """
+    require(
+        table,
+        "DataFrame",
+        "plot_token_null",
+        "el.analysis.token_id_null(routing)",
+        ("token_id", "context_free", "uniform"),
+    )
     numbers = [int(layer) for layer in table.index]
     with Sheet(ax, width_of(len(numbers)) + 0.9, 3.9) as sheet:
         axes, x = sheet.ax, np.arange(len(numbers))
