@@ -12,12 +12,12 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal, Protocol, TypeAlias, TypeVar
+from typing import Any, Literal, Protocol, TypeAlias, TypeVar
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import Tensor
 
 from ernie_lab.analysis.information import Codes
 from ernie_lab.model.initial import initialise as initialise_normal
@@ -31,6 +31,7 @@ from ernie_lab.model.redraw import (
     router_probs,
     thinned,
 )
+from ernie_lab.model.vl import VLModel, eye
 
 Integers: TypeAlias = NDArray[np.int64]
 Permuted: TypeAlias = Literal["documents", "tokens of a document", "tokens of equal given"]
@@ -122,23 +123,39 @@ class LabLike(Protocol):
     def model(self) -> Model: ...
     @property
     def model_id(self) -> str: ...
+    @property
+    def report(self) -> Any: ...
 
 
 AnyLab = TypeVar("AnyLab", bound=LabLike)
 
 
+@torch.no_grad()
 def untrained_twin(
-    lab: AnyLab, seed: int = 0, initialise: Callable[[nn.Module, int], None] = initialise_normal
+    lab: AnyLab,
+    seed: int = 0,
+    *,
+    std: float = 0.02,
+    initialise: Callable[[Any, int, float], None] = initialise_normal,
 ) -> AnyLab:
-    """A lab like this one, its model of the same config with fresh random weights.
+    """A lab of the same config, tokenizer and preprocessing, its decoder untrained.
 
-    It takes the memory of a second model. `initialise(model, seed)` fills the weights: normal
-    with deviation 0.02 unless the training began otherwise (`organisms.initial` for the built-in
-    models). Its routers are small and undecided, its correction biases zero.
+    `initialise(model, seed, std)` fills the weights: all normal with deviation `std`, biases zero,
+    unless the training began otherwise. That of the built-in models is
+    `ernie_lab.organisms.initial.initialise` with `std=0.06`: what writes to the residual stream
+    starts smaller, embeddings larger.
+
+    Of a vision-language model the tower and the resampler stay as they are: pictures enter the
+    twin as they enter the model, and what differs is the decoder (the built-in models' eye was
+    frozen while their decoder learned). A twin takes the memory of a second model.
     """
     weights = next(lab.model.parameters())
     model = build(lab.model.config)
-    initialise(model, seed)
+    initialise(model, seed, std)
+    if isinstance(model, VLModel):
+        learned = dict(lab.model.named_parameters())
+        for name, parameter in eye(model):
+            parameter.copy_(learned[name])
     model = model.to(device=weights.device, dtype=weights.dtype).eval()
     name = f"{lab.model_id}, untrained, seed {seed}"
-    return dataclasses.replace(lab, model=model, model_id=name)  # type: ignore[type-var]
+    return dataclasses.replace(lab, model=model, model_id=name, report=None)  # type: ignore[type-var]

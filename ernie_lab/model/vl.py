@@ -339,6 +339,15 @@ def _bank(given_BS: Tensor | None, layout: VisualLayout | None, tokens_BSD: Tens
     return given_BS.long()
 
 
+def eye(model: VLModel) -> list[tuple[str, nn.Parameter]]:
+    """The parameters of the tower and the resampler, which turn pictures into tokens."""
+    return [
+        (name, parameter)
+        for name, parameter in model.named_parameters()
+        if name.startswith(("vision.", "resampler."))
+    ]
+
+
 def _require_no_placeholders(input_ids: Tensor | None, ids: VisualIds) -> None:
     """One such token may be the model's own choice; a chunk of a prompt has lost its pictures."""
     if input_ids is None:

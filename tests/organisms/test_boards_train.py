@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from ernie_lab.model.vl import VLModel
+from ernie_lab.model.vl import VLModel, eye
 from ernie_lab.organisms.ablations import Keep, SilenceExpert
 from ernie_lab.organisms.boards import train as training
 from ernie_lab.organisms.boards.bench import half
@@ -26,7 +26,7 @@ from ernie_lab.organisms.boards.recipe import (
     last_stage,
 )
 from ernie_lab.organisms.boards.rows import Encoder, encode_rows
-from ernie_lab.organisms.boards.seeing import Seen, eye, initialise_eye, look, train_eye
+from ernie_lab.organisms.boards.seeing import Seen, initialise_eye, look, train_eye
 from ernie_lab.organisms.boards.step import (
     TrainingTap,
     board_mix,

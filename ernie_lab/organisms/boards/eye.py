@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ernie_lab.model.vl import VLModel
+from ernie_lab.model.vl import VLModel, eye
 from ernie_lab.organisms.boards.recipe import NARROW, EyeRecipe, config
-from ernie_lab.organisms.boards.seeing import eye, train_eye
+from ernie_lab.organisms.boards.seeing import train_eye
 
 
 def open_eye(path: Path, recipe: EyeRecipe) -> Mapping[str, Tensor]:

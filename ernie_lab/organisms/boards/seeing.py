@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from ernie_lab.model.vl import VLModel
+from ernie_lab.model.vl import VLModel, eye
 from ernie_lab.organisms.boards.clips import N_FRAMES, Clip, draw_clip, film
 from ernie_lab.organisms.boards.draw import N_CELLS, SIDE, Board, draw_board, photograph
 from ernie_lab.organisms.boards.pixels import CLIP_GRID, IMAGE_GRID, patches
@@ -39,15 +39,6 @@ class Seen:
 
     scenes: Sequence[Board | Clip]
     features_NMD: Tensor
-
-
-def eye(model: VLModel) -> list[tuple[str, nn.Parameter]]:
-    """The parameters that stage 1 trains and stage 2 leaves alone."""
-    return [
-        (name, parameter)
-        for name, parameter in model.named_parameters()
-        if name.startswith(("vision.", "resampler."))
-    ]
 
 
 @torch.no_grad()

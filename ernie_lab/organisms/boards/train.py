@@ -15,12 +15,12 @@ from pathlib import Path
 
 import torch
 
-from ernie_lab.model.vl import VLModel
+from ernie_lab.model.vl import VLModel, eye
 from ernie_lab.organisms.boards.eye import open_eye
 from ernie_lab.organisms.boards.measure import answers, batches, unseen_rows
 from ernie_lab.organisms.boards.recipe import EyeRecipe, Recipe, config, last_stage
 from ernie_lab.organisms.boards.rows import Encoder, encode_rows
-from ernie_lab.organisms.boards.seeing import Seen, eye, look
+from ernie_lab.organisms.boards.seeing import Seen, look
 from ernie_lab.organisms.boards.step import (
     Scaffold,
     learning_rate,

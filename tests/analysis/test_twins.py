@@ -3,16 +3,18 @@
 import torch
 
 import ernie_lab as el
+from ernie_lab.analysis import untrained_twin
+from ernie_lab.model.vl import eye
 from ernie_lab.organisms.boards import samples
-from ernie_lab.organisms.boards.seeing import eye
-from ernie_lab.organisms.twins import untrained_twin
+from ernie_lab.organisms.initial import initialise
 
 
 def test_same_eye_other_decoder() -> None:
     lab = el.load("tiny-vl")
     before = {name: value.clone() for name, value in lab.model.state_dict().items()}
     twin, again = untrained_twin(lab), untrained_twin(lab)
-    assert twin.model_id == "tiny-vl, untrained" and twin.tokenizer is lab.tokenizer
+    assert twin.model_id == "tiny-vl, untrained, seed 0" and twin.report is None
+    assert twin.tokenizer is lab.tokenizer
     theirs, ours = dict(twin.model.named_parameters()), dict(lab.model.named_parameters())
     assert theirs.keys() == ours.keys()
     eyes = {name for name, _ in eye(lab.model)}
@@ -31,6 +33,10 @@ def test_same_eye_other_decoder() -> None:
 
 def test_seeds_differ_and_text_models_have_twins() -> None:
     lab = el.load("tiny-text")
-    one, two = untrained_twin(lab, 0), untrained_twin(lab, 1)
+    begun = {"std": 0.06, "initialise": initialise}
+    one, two = untrained_twin(lab, 0, **begun), untrained_twin(lab, 1, **begun)
     assert not torch.equal(one.model.embed_VD, two.model.embed_VD)
     assert 7 < float(one.run("And God said", logits="loss").loss) < 9
+    assert abs(float(one.model.blocks[0].mlp.up.weight.detach().std()) - 0.06) < 0.005
+    plain = untrained_twin(lab)
+    assert abs(float(plain.model.embed_VD.detach().std()) - 0.02) < 0.001
