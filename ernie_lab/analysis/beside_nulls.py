@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ernie_lab.analysis.information import Codes, Floats, Rows
+from ernie_lab.analysis.information import Codes, Floats, Rows, null_p95
 from ernie_lab.analysis.nulls import (
     Choice,
     Permuted,
@@ -139,12 +139,12 @@ def layer_specialisation(
     of_null = {name: group.to_numpy() for name, group in nulls.groupby("null")["bits"]}
     told: dict[str, float | bool] = {"bits": bits, "low": low, "high": high}
     told["permuted"] = float(of_null[PERMUTED].mean())
-    told["permuted_p95"] = float(np.quantile(of_null[PERMUTED], 0.95))
+    told["permuted_p95"] = null_p95(of_null[PERMUTED])
     told["untrained"] = float(of_null[UNTRAINED].mean()) if len(twins_NE) else np.nan
     for variant in VARIANTS:
         drawn = of_null[REDRAWN[variant]]
         told[f"{variant}_median"] = float(np.median(drawn))
-        told[f"{variant}_p95"] = float(np.quantile(drawn, 0.95))
+        told[f"{variant}_p95"] = null_p95(drawn)
         told[f"{variant}_percentile"] = float(100 * (drawn < bits).mean())
     told["above"] = all(bits > float(told[f"{variant}_p95"]) for variant in VARIANTS)
     every = np.concatenate([of_null[name] for name in REDRAWN.values()])

@@ -16,6 +16,7 @@ import numpy as np
 import pandas as pd
 
 from ernie_lab.analysis.balance import n_experts_of
+from ernie_lab.analysis.information import null_p95
 from ernie_lab.analysis.saturation import set_agreement
 from ernie_lab.analysis.token_groups import (
     By,
@@ -128,7 +129,7 @@ def match_experts(
             row |= {name: got.value, f"{name}_low": got.low, f"{name}_high": got.high}
         chance = [_by_chance(ids_NK, its_NK, find_N, sizes[0], rng) for _ in range(shuffles)]
         row |= {"chance_mean": float(np.mean(chance))}
-        row |= {"chance_p95": float(np.percentile(chance, 95))}
+        row |= {"chance_p95": null_p95(chance)}
         row |= {"by_lot": ids_NK.shape[1] / sizes[0]}
         tables.append(row | {"moved": int((found_E != np.arange(sizes[0])).sum())})
         to_a.append(found_E)

@@ -190,6 +190,20 @@ class Rows:
             return np.asarray(plug_in_R + (seen_R - 1) / (2 * kish * rows_R))
 
 
+def null_p95(drawn: ArrayLike) -> float:
+    """What one more draw of a null exceeds in 5 % of cases at most, by rank.
+
+    The ceil(0.95 (n + 1))-th smallest of n draws, so that what is above it has p <= 0.05 with
+    p = (1 + draws at least as large) / (n + 1) (Davison and Hinkley 1997, section 4.2). The
+    interpolated percentile of 20 draws would be exceeded in 9 % of cases. Of fewer than 19 draws
+    it is the largest, and p is 1 / (n + 1).
+    """
+    ordered = np.sort(np.asarray(drawn, dtype=np.float64), axis=None)
+    # In whole numbers: 0.95 * 20 is not exactly 19.
+    rank = min(-(-95 * (len(ordered) + 1) // 100), len(ordered))
+    return float(ordered[rank - 1])
+
+
 def _parts(draws_RD: NDArray[np.int64], n_cells: int) -> Iterator[NDArray[np.int64]]:
     step = max(1, _AT_ONCE // n_cells)
     for start in range(0, len(draws_RD), step):

@@ -36,14 +36,16 @@ class Specialisation:
     """Bits between experts and a label in every layer, and what three nulls give.
 
     `table` has one row per layer. `bits`, `low`, `high`: the learned router, with a 95 %
-    interval over documents. `permuted`, `permuted_p95`: permuted labels, their mean and what they
-    exceed in 5 % of draws. `untrained`: the untrained twins' mean, NaN without one. For each way
-    to redraw the router, `norm_` and `variance_`: `median` and `p95` of the draws, and
-    `percentile`, the share of draws that tell less than the learned router, in percent.
-    `above`: are the bits above the p95 of both ways? `excess`, `excess_low`, `excess_high`:
-    learned minus the mean of all redrawn routers, paired over documents. `label_bits` and
-    `expert_bits` bound the bits. `max_violation`: of the learned router, where biases were
-    fitted; `redrawn_max_violation`: that of the draw furthest from it.
+    interval over documents. `permuted`, `permuted_p95`: permuted labels, their mean and what
+    one more exceeds in at most 5 % of cases (by rank: of 20 draws, the largest). `untrained`: the
+    untrained twins' mean, NaN without one. For each way to redraw the router, `norm_` and
+    `variance_`: `median` and `p95` of the draws, likewise, and `percentile`, the share of draws
+    that tell less than the learned router, in percent. `above`: are the bits above the p95 of
+    both ways? `excess`, `excess_low`, `excess_high`: learned minus the mean of all redrawn
+    routers, paired over documents. Its interval is of other documents, not of other routers: that
+    of a router which is itself random excludes 0 often, and only `above` says that one is not.
+    `label_bits` and `expert_bits` bound the bits. `max_violation`: of the learned router, where
+    biases were fitted; `redrawn_max_violation`: that of the draw furthest from it.
 
     `nulls` has every draw: layer, null, draw, bits. `by` says what was permuted. The least p
     that n redrawn routers can give is 1 / (n + 1), and layers are not corrected for.

@@ -14,6 +14,7 @@ from ernie_lab.analysis.information import (
     codes_of,
     information_of_counts,
     mutual_information,
+    null_p95,
 )
 from ernie_lab.interventions.bootstrap import draws_of
 
@@ -158,3 +159,15 @@ def test_a_draw_counts_documents_as_often_as_they_were_drawn() -> None:
     rows = Rows.of(label, ids, np.arange(3), 2)
     twice = Rows.of(label[[0, 0, 1]], ids[[0, 0, 1]], np.arange(3), 2)
     assert rows.bits(np.array([[2, 1, 0]]))[0] == pytest.approx(twice.bits(once(3))[0])
+
+
+def test_a_null_is_exceeded_in_at_most_five_percent_of_cases() -> None:
+    """By rank: of draws of one kind the last is above the percentile of the others in k / (n + 1)
+    of all orders, k the places above it."""
+    for n in (19, 20, 21, 39, 40, 99, 100, 1000):
+        above = (np.arange(n) > null_p95(np.random.default_rng(0).permutation(n))).sum()
+        assert (above + 1) / (n + 1) <= 0.05 < (above + 2) / (n + 1)
+    assert null_p95([3.0, 1.0]) == 3.0
+    rng = np.random.default_rng(0)
+    drawn = rng.normal(size=(4000, 21))
+    assert np.mean([row[0] > null_p95(row[1:]) for row in drawn]) == pytest.approx(1 / 21, abs=0.01)
