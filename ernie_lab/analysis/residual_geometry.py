@@ -30,6 +30,7 @@ import pandas as pd
 from numpy.typing import NDArray
 from scipy import sparse
 
+from ernie_lab.analysis.nulls import Permuted, constant_within, permuted
 from ernie_lab.interventions.bootstrap import draws_of, estimate, interval
 
 if TYPE_CHECKING:
@@ -47,7 +48,8 @@ class ResidualGeometry:
     `null_p05`, below which 5 % of the draws with shuffled labels lie.
     `between`, by layer: `share` of variance with `low` and `high`, `null_p95`.
 
-    Intervals: 95 %, bootstrap over documents. Labels are shuffled within documents.
+    Intervals: 95 %, bootstrap over documents. Labels are shuffled within documents; those that are
+    constant in every document (its domain) are dealt out to other documents, all tokens together.
     """
 
     norms: pd.DataFrame
@@ -91,7 +93,7 @@ def residual_geometry(
     kind_N = np.array([kinds.index(label) for label in label_N])
     n_documents = int(document_N.max()) + 1
     drawn_PQ = draws_of(n_documents, draws, seed)
-    orders = _shuffles(document_N, permutations, seed)
+    deals = _deals(kind_N, document_N, permutations, seed)
     norms, cosines, between = {}, {}, {}
     for layer, values in zip(layers, states.values, strict=True):
         x_ND = np.asarray(values, dtype=np.float64)
@@ -104,7 +106,7 @@ def residual_geometry(
                 "median": float(np.median(norm_N[mine_N])),
             }  # fmt: skip
         sums = _Sums.of(x_ND, kind_N, document_N, len(kinds))
-        drawn, shuffled = sums.drawn(drawn_PQ), _shuffled(x_ND, kind_N, orders, len(kinds))
+        drawn, shuffled = sums.drawn(drawn_PQ), _shuffled(x_ND, deals, len(kinds))
         whole = sums.drawn(np.ones((1, n_documents)))
         for a, b in combinations(range(len(kinds)), 2):
             low, high = interval(_cosine(drawn, a, b), n_documents)
@@ -169,14 +171,12 @@ class _Sums:
         )
 
 
-def _shuffled(
-    x_ND: Floats, kind_N: NDArray[np.int64], orders: NDArray[np.int64], n_kinds: int
-) -> _Centroids:
-    """The kinds dealt out anew in every row of `orders` `[p n]`."""
-    member_GN = np.stack([kind_N == kind for kind in range(n_kinds)]).astype(float)
-    sums = np.stack([member_GN[:, order_N] @ x_ND for order_N in orders])
-    counts = np.broadcast_to(member_GN.sum(1), sums.shape[:2])
-    return _Centroids(sums, counts, np.full(len(sums), (x_ND**2).sum()))
+def _shuffled(x_ND: Floats, deals_PN: NDArray[np.int64], n_kinds: int) -> _Centroids:
+    """The kinds dealt out anew in every row `[p n]`."""
+    numbers_G1 = np.arange(n_kinds)[:, None]
+    sums = np.stack([(deal_N == numbers_G1).astype(float) @ x_ND for deal_N in deals_PN])
+    counts = np.stack([(deal_N == numbers_G1).sum(1) for deal_N in deals_PN])
+    return _Centroids(sums, counts.astype(float), np.full(len(sums), (x_ND**2).sum()))
 
 
 def _cosine(of: _Centroids, a: int, b: int) -> Floats:
@@ -199,15 +199,18 @@ def _divided(a_P: Floats, b_P: Floats) -> Floats:
     return np.divide(a_P, b_P, where=b_P > 0, out=np.full_like(a_P, np.nan))
 
 
-def _shuffles(document_N: NDArray[np.int64], n: int, seed: int) -> NDArray[np.int64]:
-    """Orders `[p n]` in which every token stays in its document."""
+def _deals(
+    kind_N: NDArray[np.int64], document_N: NDArray[np.int64], n: int, seed: int
+) -> NDArray[np.int64]:
+    """The kinds of the tokens, dealt out anew `[p n]`.
+
+    Within documents; where every document has one kind, that would move nothing, and documents
+    get each other's.
+    """
     rng = np.random.default_rng(seed)
-    # Sorting random numbers document by document; the documents' own places are kept.
-    place_N = document_N.argsort(kind="stable")
-    orders = np.empty((n, len(document_N)), dtype=np.int64)
-    for order_N in orders:
-        order_N[place_N] = np.lexsort((rng.random(len(document_N)), document_N))
-    return orders
+    over = constant_within(kind_N, document_N)
+    how: Permuted = "documents" if over else "tokens of a document"
+    return np.stack([permuted(kind_N, document_N, how, rng) for _ in range(n)])
 
 
 def _read(

@@ -97,3 +97,19 @@ def test_labels_of_ones_own_and_errors():
         residual_geometry(states, ["a"] * 4)
     with pytest.raises(ValueError, match=r"expected \(layer, token, width\)"):
         residual_geometry(states.isel(layer=0))
+
+
+def test_labels_of_whole_documents_are_dealt_out_to_documents():
+    """Shuffled within documents of one domain each, nothing would move: the null would be the
+    value itself, whatever the domains are."""
+    rng = np.random.default_rng(0)
+    domains = np.repeat(list("abab" * 4), 5)
+    documents = np.repeat(np.arange(16), 5)
+    states = rng.normal(size=(1, 80, 3)) + 3 * (domains == "a")[None, :, None]
+    apart = residual_geometry(labelled(states, domains, documents), draws=20, permutations=60)
+    row = apart.between.loc[2]
+    assert row["share"] > 3 * row["null_p95"]
+    alike = rng.normal(size=(1, 80, 3)) + rng.normal(size=(1, 16, 3)).repeat(5, axis=1)
+    found = residual_geometry(labelled(alike, domains, documents), draws=20, permutations=60)
+    null = found.between.loc[2, "null_p95"]
+    assert found.between.loc[2, "share"] < null and null > 0.05, "documents differ by themselves"
