@@ -61,8 +61,8 @@ class Places:
 class CountingTap:
     """Adds each layer's routing to the statistics of its bank, as it flows.
 
-    `chosen` collects, where rows are wanted, `[b s]` x k experts and weights by layer, best first:
-    -1 and 0 where a token was not routed.
+    `chosen` collects, where rows are wanted, `[b s]` x k experts and weights by layer, in the slots
+    of a trace, best selection score first: -1 and 0 where a token was not routed.
     """
 
     statistics: Mapping[str, Statistics]
@@ -101,8 +101,6 @@ class CountingTap:
         )
         counted = self.statistics[bank or "text"]
         counted.add(layer, self.places.at(place_N), probs_NE, scores_NE, ids_NK, weights_NK.float())
-        order_NK = weights_NK.float().argsort(dim=-1, descending=True, stable=True)
-        ids_NK, weights_NK = ids_NK.gather(-1, order_NK), weights_NK.gather(-1, order_NK)
         self._follow(bank or "text", layer, counted, place_N, ids_NK[:, 0])
         if self.keep_rows:
             self._keep(layer, place_N, ids_NK, weights_NK)

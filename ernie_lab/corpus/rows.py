@@ -1,7 +1,8 @@
 """One row per token: which experts it went to in every mixture layer, as Parquet.
 
 Schema `ernie_lab.routing/1`: `unit, doc, pos, token, domain, content, bank`, and for each layer
-`e{layer}`: k expert ids, best first by weight, as fixed binary of k bytes (uint8, or uint16 little
+`e{layer}`: k expert ids in the slots of a trace (best selection score first, which need not be the
+largest weight where a correction bias spoke), as fixed binary of k bytes (uint8, or uint16 little
 endian where there are more than 256 experts); with `ids+weights` also `w{layer}`, k float16.
 Lists of numbers take four to six times the room, and longer to write (scale.md, section 3).
 In a vision-language model the ids are those of the token's `bank`.
