@@ -107,11 +107,12 @@ def vocabulary_specialisation(
 ) -> pd.DataFrame:
     """N(k)_{x,e} / N_x: of the times that token id x was read, how often expert e was chosen.
 
-    One row per (layer, expert, id) with `share` of at least `min_share`, the largest first in
-    each layer: `id`, `text`, `n` (times read), `share`. Ids read fewer than `min_count` times
-    are left out. With many ids some shares are high by luck, so `share_picked` is that of every
-    other document and `share_other` that of the rest: pick by the one, report the other (NaN
-    where it has no such token; `n_other` says of how many).
+    One row per (layer, expert, id) with `share` or `share_picked` of at least `min_share`, the
+    largest share first in each layer: `id`, `text`, `n` (times read), `share`. Ids read fewer than
+    `min_count` times are left out. With many ids some shares are high by luck, so `share_picked`
+    is that of every other document and `share_other` that of the rest: pick by the one, report the
+    other (NaN where it has no such token; `n_other` says of how many). No row that is picked at
+    `min_share` or more is missing for a low share in the rest.
 
     These are *input* ids: the token that the router reads. OLMoE also shows predicted ids.
     """
@@ -138,7 +139,8 @@ def vocabulary_specialisation(
             n_side = np.bincount(code_N[rows_N], minlength=len(vocabulary)).astype(float)
             n_side[n_side == 0] = np.nan
             shares[name] = hits.reshape(-1, n_experts) / n_side[:, None]
-        row, expert = np.nonzero((shares["share"] >= min_share) & (n_V >= min_count)[:, None])
+        high = (shares["share"] >= min_share) | (shares["share_picked"] >= min_share)
+        row, expert = np.nonzero(high & (n_V >= min_count)[:, None])
         told = {"layer": layer, "expert": expert, "id": vocabulary[row]}
         told |= {"text": text_N[first_V[row]], "n": n_V[row]}
         told |= {name: values[row, expert] for name, values in shares.items()}

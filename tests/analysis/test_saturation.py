@@ -70,6 +70,10 @@ def test_a_token_goes_to_its_experts_so_often() -> None:
         [7, 0, 0.75],
         [7, 1, 0.25],
     ]
+    # Always expert 0 where it is picked, never in the rest: below half of all, and yet a row.
+    routing = chosen([[0], [1], [1]], sequence=[0, 1, 1], token=[7, 7, 7])
+    table = vocabulary_specialisation(routing, min_count=1).set_index("expert")
+    assert table.loc[0, ["share_picked", "share_other"]].tolist() == [1, 0]
     with pytest.raises(ValueError, match="no token id occurs 10 times"):
         vocabulary_specialisation(routing)
 
