@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import time
 import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from ernie_lab.corpus.folder import CorpusError, Folder
 from ernie_lab.corpus.record import Wanted, commit_unit, read_facts, run_unit
@@ -28,24 +30,31 @@ def record(lab: Lab, folder: Folder, unit: Unit, wanted: Wanted) -> bool:
                     "error": f"{type(error).__name__}: {error}",
                     "traceback": traceback.format_exc(),
                 }
-                folder.fail(unit.number, told)
+                with _writing(folder, unit):
+                    folder.fail(unit.number, told)
                 return False
             continue
-        try:
+        with _writing(folder, unit):
             commit_unit(folder, unit, recorded, wanted, time.perf_counter() - start)
-        except OSError as error:
-            raise CorpusError(
-                f"unit {unit.number} could not be written to {folder.path}: {error}. What was "
-                "committed is safe; make room and run again"
-            ) from error
-        folder.failure(unit.number).unlink(missing_ok=True)
+            folder.failure(unit.number).unlink(missing_ok=True)
         return True
     return False
 
 
+@contextmanager
+def _writing(folder: Folder, unit: Unit) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise CorpusError(
+            f"unit {unit.number} could not be written to {folder.path}: {error}. What was "
+            "committed is safe; make room, or the folder writable, and run again"
+        ) from error
+
+
 def require_same(folder: Folder, unit: Unit) -> None:
     """Is a committed unit made of the tokens that the corpus now gives there?"""
-    facts = read_facts(folder.statistics(unit.number))
+    facts = read_facts(folder, unit.number)
     if facts["digest"] != unit.digest:
         raise CorpusError(
             f"the corpus has changed: unit {unit.number} of {folder.path} (documents "

@@ -12,7 +12,7 @@ import os
 import re
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -58,15 +58,28 @@ class Folder:
 
     def committed(self) -> list[int]:
         """Numbers of the units that are there, rising."""
-        names = [file.stem for file in self.units.glob("*.safetensors")]
-        return sorted(int(name) for name in names if re.fullmatch(r"\d{6,}", name))
+        return sorted(_numbered(self.units.glob("*.safetensors")))
+
+    def holds(self, number: int, with_rows: bool) -> bool:
+        """Is a unit there whole? Rows that were taken away are recorded again."""
+        there = self.statistics(number).exists()
+        return there and (not with_rows or self.rows(number).exists())
 
     def failures(self) -> dict[int, dict[str, Any]]:
-        there = set(self.committed())
-        found = {int(file.stem): file for file in self.failed.glob("*.json")}
-        return {
-            n: json.loads(file.read_text()) for n, file in sorted(found.items()) if n not in there
-        }
+        there, found = set(self.committed()), {}
+        for number, file in sorted(_numbered(self.failed.glob("*.json")).items()):
+            # Another process may have committed the unit since, and taken its failure away.
+            with suppress(FileNotFoundError):
+                if number not in there:
+                    found[number] = dict(json.loads(file.read_text()))
+        return found
+
+    def damaged(self, path: Path, error: object) -> CorpusError:
+        """What to raise for a file of a unit that cannot be read."""
+        return CorpusError(
+            f"{path} is damaged: {error}. Delete it and run the plan again: its unit alone is then "
+            "recorded again"
+        )
 
     def plan(self) -> dict[str, Any]:
         try:
@@ -88,14 +101,12 @@ class Folder:
         """
         try:
             self.units.mkdir(parents=True, exist_ok=True)
-            for scratch in self.units.glob(f"{_TEMPORARY}*"):
-                if scratch.stat().st_mtime < time.time() - _STALE_SECONDS:
-                    scratch.unlink(missing_ok=True)
             if not (self.path / PLAN).exists():
                 if self.committed():
                     raise CorpusError(f"{self.path} has units but no {PLAN}; name another folder")
-                write(self.path / PLAN, json.dumps({"schema": SCHEMA, **asked}, indent=1).encode())
-                return
+                text = json.dumps({"schema": SCHEMA, **asked}, indent=1)
+                with suppress(FileExistsError):  # another process was first: compared below
+                    write(self.path / PLAN, text.encode(), replace=False)
         except OSError as error:
             raise CorpusError(f"{self.path} cannot be written to: {error}") from error
         there = self.plan()
@@ -107,21 +118,38 @@ class Folder:
                 "same plan, or name another folder; nothing was changed"
             )
 
+    def sweep(self) -> None:
+        """Remove what killed processes left; raises if the folder cannot be written to."""
+        try:
+            for place in (self.path, self.units, self.failed):
+                for scratch in place.glob(f"{_TEMPORARY}*"):
+                    with suppress(FileNotFoundError):  # swept by another process
+                        if scratch.stat().st_mtime < time.time() - _STALE_SECONDS:
+                            scratch.unlink()
+            handle, name = tempfile.mkstemp(dir=self.units, prefix=_TEMPORARY)
+            os.close(handle)
+            Path(name).unlink()
+        except OSError as error:
+            raise CorpusError(
+                f"{self.path} cannot be written to, and units are missing in it: {error}"
+            ) from error
+
     def fail(self, number: int, facts: Mapping[str, Any]) -> None:
         self.failed.mkdir(exist_ok=True)
         write(self.failure(number), json.dumps(facts, indent=1).encode())
 
 
-def write(path: Path, data: bytes) -> None:
-    with committed(path) as scratch:
+def write(path: Path, data: bytes, replace: bool = True) -> None:
+    with committed(path, replace) as scratch:
         scratch.write_bytes(data)
 
 
 @contextmanager
-def committed(path: Path) -> Iterator[Path]:
+def committed(path: Path, replace: bool = True) -> Iterator[Path]:
     """A scratch file that becomes `path` when the block ends, on disk before it does.
 
-    After an error nothing is left of it: neither a half file nor an old one replaced.
+    After an error nothing is left of it: neither a half file nor an old one replaced. With
+    `replace=False`, `FileExistsError` where the file is there, whoever wrote it.
     """
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=_TEMPORARY, suffix=path.suffix)
     os.close(handle)
@@ -131,8 +159,28 @@ def committed(path: Path) -> Iterator[Path]:
         with scratch.open("rb+") as file:
             os.fsync(file.fileno())
         scratch.chmod(0o644)
-        scratch.replace(path)
+        if replace:
+            scratch.replace(path)
+        else:
+            path.hardlink_to(scratch)
+            scratch.unlink()
+        _settle(path.parent)
     except BaseException:
         with suppress(OSError):
             scratch.unlink(missing_ok=True)
         raise
+
+
+def _settle(folder: Path) -> None:
+    """The new name on disk too, so that a unit's rows cannot be lost and its statistics kept."""
+    with suppress(OSError):  # not every system opens a folder
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+def _numbered(files: Iterable[Path]) -> dict[int, Path]:
+    """Files named by a unit's number; a scratch file is not."""
+    return {int(file.stem): file for file in files if re.fullmatch(r"\d{6,}", file.stem)}

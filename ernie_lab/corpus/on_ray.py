@@ -29,8 +29,8 @@ def record_on_ray(
     wanted: Wanted,
     workers: int,
     gpus_per_worker: float,
-) -> Iterator[int]:
-    """Commit these units; yields the tokens of each as it is done."""
+) -> Iterator[Unit]:
+    """Commit these units; yields each as it is done."""
     ray = _ray()
     if workers < 1:
         raise ValueError(f"workers={workers} must be at least 1")
@@ -55,21 +55,21 @@ def _pooled(
     asked: tuple[str, Wanted],
     workers: int,
     gpus_per_worker: float,
-) -> Iterator[int]:
+) -> Iterator[Unit]:
     edits, wanted = asked
     # Restarted as often as it dies, and its unit tried again: a commit may be repeated.
     remote = ray.remote(max_restarts=-1, max_task_retries=-1, num_gpus=gpus_per_worker)(_Worker)
     threads = max(1, (os.cpu_count() or 1) // workers)
     plain = (wanted.statistics, wanted.rows, wanted.batch_tokens, edits)
     pool = [remote.remote(dict(how), str(folder.path), plain, threads) for _ in range(workers)]
-    busy: dict[Any, tuple[int, int]] = {}
+    busy: dict[Any, tuple[int, Unit]] = {}
     try:
         free = [number for number in range(workers) for _ in range(_AHEAD)]
         for unit in units:
             if not free:
                 yield _finished(ray, busy, free)
             number = free.pop()
-            busy[pool[number].record.remote(unit)] = number, unit.n_tokens
+            busy[pool[number].record.remote(unit)] = number, unit
         while busy:
             yield _finished(ray, busy, free)
     finally:
@@ -77,12 +77,12 @@ def _pooled(
             ray.kill(actor)
 
 
-def _finished(ray: Any, busy: dict[Any, tuple[int, int]], free: list[int]) -> int:
+def _finished(ray: Any, busy: dict[Any, tuple[int, Unit]], free: list[int]) -> Unit:
     (done,), _ = ray.wait(list(busy), num_returns=1)
-    number, n_tokens = busy.pop(done)
+    number, unit = busy.pop(done)
     free.append(number)
     ray.get(done)  # raises what the worker raised: trouble with the disk, or with loading
-    return n_tokens
+    return unit
 
 
 class _Worker:
@@ -104,7 +104,8 @@ class _Worker:
         self.wanted = Wanted(statistics, rows, batch_tokens, storing.from_json(edits))
 
     def record(self, unit: Unit) -> int:
-        if not self.folder.statistics(unit.number).exists():  # done, but not acknowledged
+        if not self.folder.holds(unit.number, self.wanted.rows is not None):
+            # Otherwise done by one that died before it said so.
             record(self.lab, self.folder, unit, self.wanted)
         return unit.n_tokens
 

@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import warnings
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias, get_args
+
+import numpy as np
 
 from ernie_lab.corpus.committing import record, require_same
 from ernie_lab.corpus.documents import Corpus, read_documents
 from ernie_lab.corpus.folder import CorpusError, CorpusIncomplete, Folder
 from ernie_lab.corpus.parquet import pyarrow
-from ernie_lab.corpus.record import Wanted, shapes
+from ernie_lab.corpus.progress import shown
+from ernie_lab.corpus.record import Wanted, read_facts, shapes
 from ernie_lab.corpus.statistics import DEFAULT, STATISTICS
 from ernie_lab.corpus.units import Unit, units, windows
-from ernie_lab.interventions.edits import Edit, EditTap
+from ernie_lab.interventions.edits import Edit, EditChangedNothingWarning, EditTap
 from ernie_lab.interventions.fingerprint import fingerprint
 from ernie_lab.interventions.storing import to_json
 from ernie_lab.lab import Lab
@@ -152,8 +156,11 @@ class RecordPlan:
             if runner == "ray"
             else self._here(lab, folder, *(_rank() if runner == "torchrun" else (0, 1)))
         )
-        for _ in _progress(done, progress):
+        for _ in shown(done, _size(self.corpus), progress):
             pass
+        if not folder.committed() and not folder.failures():
+            raise CorpusError(f"the corpus holds no token: nothing was recorded.{self._once()}")
+        self._warn_if_idle(folder)
         if failed := folder.failures():
             first = next(iter(failed.values()))
             raise CorpusIncomplete(
@@ -165,27 +172,58 @@ class RecordPlan:
 
     def missing(self, lab: Lab, folder: Folder) -> Iterator[Unit]:
         """The units that are not committed; those that are, are checked."""
-        there = set(folder.committed())
+        there, swept = set(folder.committed()), False
         for unit in self.units(lab):
-            if unit.number in there:
+            if unit.number in there and folder.holds(unit.number, self.rows is not None):
                 require_same(folder, unit)
-                there.discard(unit.number)
             else:
+                if not swept:
+                    folder.sweep()
+                    swept = True
                 yield unit
-        if there - set(folder.failures()):
+            there.discard(unit.number)
+        if there:
             raise CorpusError(
                 f"{folder.path} holds units {sorted(there)[:5]}, which this corpus has not: it has "
-                "become shorter. Name another folder"
+                f"become shorter.{self._once() or ' Name another folder'}"
             )
 
-    def _here(self, lab: Lab, folder: Folder, rank: int, n_ranks: int) -> Iterator[int]:
-        """Commit every missing unit of this rank; yields the tokens of each."""
+    def _once(self) -> str:
+        """What may be the matter with a corpus that gives less than it should."""
+        if _read_once(self.corpus):
+            return (
+                f" A {type(self.corpus).__name__} gives its documents once; to run again, make a "
+                "new one, or pass a list or a file"
+            )
+        return ""
+
+    def _warn_if_idle(self, folder: Folder) -> None:
+        """Say so when an edit changed nothing in any unit."""
+        if not self._edits:
+            return
+        numbers = folder.committed()
+        changed = np.zeros(len(self._edits), dtype=int)
+        for number in numbers:
+            changed += [n_changed for _, n_changed in read_facts(folder, number)["edits"]]
+        for edit in [edit for edit, n in zip(self._edits, changed, strict=True) if n == 0]:
+            warnings.warn(
+                f"{edit!r} changed nothing in all {len(numbers)} units",
+                EditChangedNothingWarning,
+                stacklevel=3,
+            )
+
+    def _here(self, lab: Lab, folder: Folder, rank: int, n_ranks: int) -> Iterator[Unit]:
+        """Commit every missing unit of this rank, and yield it."""
         for unit in self.missing(lab, folder):
             if unit.number % n_ranks == rank:
-                record(lab, folder, unit, self.wanted)
-                yield unit.n_tokens
+                # Another process may be at work on the same folder.
+                if not folder.holds(unit.number, self.rows is not None):
+                    record(lab, folder, unit, self.wanted)
+                yield unit
 
-    def _ray(self, lab: Lab, folder: Folder, workers: int, gpus_per_worker: float) -> Iterator[int]:
+    def _ray(
+        self, lab: Lab, folder: Folder, workers: int, gpus_per_worker: float
+    ) -> Iterator[Unit]:
         from ernie_lab.corpus.on_ray import record_on_ray
 
         if isinstance(self.model, Lab):
@@ -224,11 +262,13 @@ def _dtype(lab: Lab) -> str:
     return str(lab.dtype).removeprefix("torch.")
 
 
-def _progress(done: Iterator[int], shown: bool) -> Iterator[int]:
-    """Tokens and their rate; how many there will be is not known before the corpus was read."""
-    from tqdm.auto import tqdm
+def _read_once(corpus: Corpus) -> bool:
+    """Can it be read a single time, as a generator can?"""
+    return not isinstance(corpus, str | Path) and iter(corpus) is corpus
 
-    with tqdm(desc="recording", unit=" tokens", unit_scale=True, disable=not shown) as bar:
-        for n_tokens in done:
-            bar.update(n_tokens)
-            yield n_tokens
+
+def _size(corpus: Corpus) -> int | None:
+    """Documents of the corpus, where that is known before it is read."""
+    if isinstance(corpus, str | Path) or not isinstance(corpus, Sized):
+        return None
+    return len(corpus)

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -202,7 +203,7 @@ def _write_statistics(path: Path, unit: Unit, recorded: Recorded, seconds: float
                     f"{bank}/{name}/count": x.flatten()[place],
                 }
             else:
-                tensors[f"{bank}/{name}"] = x
+                tensors[f"{bank}/{name}"] = _narrow(x)
     shape = next(iter(recorded.statistics.values())).shape
     facts = {
         "digest": unit.digest,
@@ -222,17 +223,26 @@ def _write_statistics(path: Path, unit: Unit, recorded: Recorded, seconds: float
     save_file(tensors, path, metadata={"ernie_lab": json.dumps(facts)})
 
 
-def read_facts(path: Path) -> dict[str, Any]:
+def _narrow(x: Tensor) -> Tensor:
+    """In the smallest integers that hold it: a unit's counts need an eighth to a half of int64."""
+    low, high = (int(x.min()), int(x.max())) if x.numel() else (0, 0)
+    for dtype in (torch.uint8, torch.int16, torch.int32):
+        bounds = torch.iinfo(dtype)
+        if bounds.min <= low and high <= bounds.max:
+            return x.to(dtype)
+    return x
+
+
+def read_facts(folder: Folder, number: int) -> dict[str, Any]:
     """What stands beside a unit's statistics."""
-    with safe_open(path, framework="pt") as file:
-        return dict(json.loads((file.metadata() or {})["ernie_lab"]))
+    with _opened(folder, number) as (_, facts):
+        return facts
 
 
-def read_statistics(path: Path) -> dict[str, Statistics]:
+def read_statistics(folder: Folder, number: int) -> dict[str, Statistics]:
     """A committed unit's statistics, by bank."""
-    with safe_open(path, framework="pt") as file:
-        facts = json.loads((file.metadata() or {})["ernie_lab"])
-        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    with _opened(folder, number) as (file, facts):
+        tensors = {name: file.get_tensor(name).long() for name in file.keys()}  # noqa: SIM118
     shape = Shape(
         tuple(facts["layers"]), facts["n_experts"], facts["n_chosen"], facts["vocab_size"],
         tuple(facts["domains"]),
@@ -248,3 +258,13 @@ def read_statistics(path: Path) -> dict[str, Statistics]:
         elif not piece:
             found.setdefault(bank, {})[quantity] = x
     return {bank: Statistics(shape, sums) for bank, sums in found.items()}
+
+
+@contextmanager
+def _opened(folder: Folder, number: int) -> Iterator[tuple[Any, dict[str, Any]]]:
+    path = folder.statistics(number)
+    try:
+        with safe_open(path, framework="pt") as file:
+            yield file, dict(json.loads((file.metadata() or {})["ernie_lab"]))
+    except (SafetensorError, KeyError, json.JSONDecodeError, OSError) as error:
+        raise folder.damaged(path, error) from error

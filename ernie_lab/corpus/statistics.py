@@ -107,6 +107,8 @@ class Statistics:
         weights_NK: Float[Tensor, "n k"],
     ) -> None:
         """Count one forward's tokens of one layer, in place."""
+        if not torch.isfinite(probs_NE).all():
+            raise ValueError(f"layer {layer}: the router's probabilities are not all finite")
         at, (n_experts, k) = self.shape.layers.index(layer), (self.shape.n_experts, ids_NK.shape[1])
         sums = {name: x[at] for name, x in self.sums.items() if name != "transitions"}
         group_N = rows.domain_N * len(BUCKETS) + rows.bucket_N
@@ -140,8 +142,12 @@ class Statistics:
             at, n_experts = self.shape.layers.index(layer) - 1, self.shape.n_experts
             _count(self.sums["transitions"][at], before_N * n_experts + first_N)
 
-    def merged(self, other: Statistics) -> Statistics:
-        """The statistics of both; domains are joined by name, in alphabetical order."""
+    def merged(self, other: Statistics, in_place: bool = False) -> Statistics:
+        """The statistics of both; domains are joined by name, in alphabetical order.
+
+        `in_place` adds to these where all domains are known already: of thousands of units that
+        are merged one by one, no more than two are in memory.
+        """
         mine, theirs = self.shape, other.shape
         alike = dataclasses.replace(theirs, domains=mine.domains)
         if alike != mine or set(self.sums) != set(other.sums):
@@ -150,6 +156,10 @@ class Statistics:
                 f"({sorted(other.sums)})"
             )
         domains = tuple(sorted({*mine.domains, *theirs.domains}))
+        if in_place and domains == mine.domains:
+            for name, x in self.sums.items():
+                x += other._spread(name, domains)
+            return self
         joined = dataclasses.replace(mine, domains=domains)
         sums = {
             name: self._spread(name, domains) + other._spread(name, domains) for name in self.sums

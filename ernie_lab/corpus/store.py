@@ -44,25 +44,30 @@ class RoutingStore:
 
         rows = []
         for number in self._folder.committed():
-            facts = read_facts(self._folder.statistics(number))
-            rows.append(
-                {"unit": number, **{n: facts[n] for n in ("n_tokens", "n_windows", "seconds")}}
-            )
-        table = pd.DataFrame(rows, columns=pd.Index(["unit", "n_tokens", "n_windows", "seconds"]))
+            facts = read_facts(self._folder, number)
+            rows.append({"unit": number, **{name: facts[name] for name in _SHOWN}})
+        table = pd.DataFrame(rows, columns=pd.Index(["unit", *_SHOWN]))
         table = table.set_index("unit")
         table["tokens_per_second"] = table["n_tokens"] / table["seconds"]
         table.attrs["failed"] = {n: told["error"] for n, told in self._folder.failures().items()}
         return table
 
     @cached_property
+    def units(self) -> tuple[int, ...]:
+        """The units that all answers are about: those that were committed when it was first asked.
+
+        While a run goes on, open the store anew for more.
+        """
+        if numbers := tuple(self._folder.committed()):
+            return numbers
+        raise CorpusError(f"{self.path} holds no committed unit yet")
+
+    @cached_property
     def _merged(self) -> dict[str, Statistics]:
-        numbers = self._folder.committed()
-        if not numbers:
-            raise CorpusError(f"{self.path} holds no committed unit yet")
-        merged = read_statistics(self._folder.statistics(numbers[0]))
-        for number in numbers[1:]:
-            other = read_statistics(self._folder.statistics(number))
-            merged = {bank: one.merged(other[bank]) for bank, one in merged.items()}
+        merged = read_statistics(self._folder, self.units[0])
+        for number in self.units[1:]:
+            other = read_statistics(self._folder, number)
+            merged = {bank: one.merged(other[bank], in_place=True) for bank, one in merged.items()}
         return merged
 
     @property
@@ -197,8 +202,9 @@ class RoutingStore:
     def _rows(self) -> StoredRows:
         shape = self._merged[self.banks[0]].shape
         return StoredRows(
-            self._folder, shape.layers, shape.n_experts, shape.n_chosen, self.plan["rows"]
-        )
+            self._folder, self.units, shape.layers, shape.n_experts, shape.n_chosen,
+            self.plan["rows"],
+        )  # fmt: skip
 
     def sql(self, query: str) -> pd.DataFrame:
         """DuckDB over the rows, as the view `tokens`; see `ernie_lab.corpus.rows` for its columns.
@@ -221,15 +227,18 @@ class RoutingStore:
         return self._rows.search(layer, expert, self._bank(bank), min_weight, limit)
 
     def sample(self, n_tokens: int, *, bank: str | None = None, seed: int = 0) -> StoredRouting:
-        """Whole documents drawn at random, until they have `n_tokens` tokens: a routing that the
-        functions of `el.analysis` take in the place of a trace. `sequence` is the document."""
+        """Documents drawn at random until they have `n_tokens` tokens: a routing that the functions
+        of `el.analysis` take in the place of a trace. `sequence` is the document.
+
+        They come from up to 32 units, drawn too, in about equal parts; of a long document that
+        lies in several units, the part in a drawn one."""
         return self._rows.sample(n_tokens, self._bank(bank), seed)
 
     def __repr__(self) -> str:
         found = self._merged
         lines = [
             f"RoutingStore({self.path}): {self.plan['model']}, "
-            f"{len(self._folder.committed())} units, {len(self._folder.failures())} failed"
+            f"{len(self.units)} units, {len(self._folder.failures())} failed"
         ]
         for bank, one in found.items():
             lines.append(

@@ -10,14 +10,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ernie_lab.corpus.folder import CorpusError, Folder
-from ernie_lab.corpus.parquet import duckdb
-from ernie_lab.corpus.rows import TokenRows, read_rows
+from ernie_lab.corpus.parquet import duckdb, pyarrow
+from ernie_lab.corpus.rows import TokenRows, facts_of, read_rows
 
 if TYPE_CHECKING:
     import pandas as pd
     import xarray as xr
 
 _SEARCHED = ("unit", "doc", "pos", "token", "domain", "bank")
+# Units that a sample is drawn from.
+_SPREAD = 32
 _SAMPLED = ("doc", "pos", "token", "domain", "content", "bank")
 
 
@@ -26,19 +28,20 @@ class StoredRows:
     """The row files of a recording, and how many experts their bytes stand for."""
 
     folder: Folder
+    units: tuple[int, ...]
     layers: tuple[int, ...]
     n_experts: int
     n_chosen: int
     kind: str | None
 
-    def numbers(self) -> list[int]:
+    def numbers(self) -> tuple[int, ...]:
         """The units that have rows."""
         if self.kind is None:
             raise CorpusError(
                 "this recording has statistics alone; record again with rows='ids' for questions "
                 "about single tokens"
             )
-        return self.folder.committed()
+        return self.units
 
     def require_weights(self) -> None:
         if self.kind != "ids+weights":
@@ -46,16 +49,31 @@ class StoredRows:
 
     def read(self, number: int, layers: Sequence[int], columns: Sequence[str]) -> TokenRows:
         path = self.folder.rows(number)
-        return read_rows(path, layers, self.n_experts, self.n_chosen, columns)
+        try:
+            return read_rows(path, layers, self.n_experts, self.n_chosen, columns)
+        except (pyarrow().ArrowInvalid, OSError) as error:
+            raise self.folder.damaged(path, error) from error
 
     def sql(self, query: str) -> pd.DataFrame:
-        connection = duckdb().connect()
+        engine = duckdb()
+        connection = engine.connect()
         try:
             connection.execute(f"create view tokens as {self._view()}")
             answer: pd.DataFrame = connection.execute(query).df()
             return answer
+        except engine.Error:
+            self._require_whole()  # the query is not to blame for a file
+            raise
         finally:
             connection.close()
+
+    def _require_whole(self) -> None:
+        for number in self.numbers():
+            path = self.folder.rows(number)
+            try:
+                facts_of(path)
+            except (pyarrow().ArrowInvalid, OSError) as error:
+                raise self.folder.damaged(path, error) from error
 
     def _view(self) -> str:
         files = [str(self.folder.rows(number)) for number in self.numbers()]
@@ -79,7 +97,8 @@ class StoredRows:
             raise ValueError(f"expert={expert} must be in 0..{self.n_experts - 1}")
         if min_weight is not None:
             self.require_weights()
-        found = []
+        weighed = self.kind == "ids+weights"
+        best, n_found = pd.DataFrame(), 0
         for number in self.numbers():
             rows = self.read(number, [layer], _SEARCHED)
             hit_N, slot_N = np.nonzero(rows.ids[layer] == expert)
@@ -87,16 +106,14 @@ class StoredRows:
             table["slot"] = slot_N
             table["weight"] = rows.weights[layer][hit_N, slot_N] if rows.weights else np.nan
             kept = table["bank"] == bank
-            found.append(
-                table[kept if min_weight is None else kept & (table["weight"] >= min_weight)]
-            )
-        joined = pd.concat(found, ignore_index=True)
-        weighed = self.kind == "ids+weights"
-        joined = joined.sort_values(
-            "weight" if weighed else "slot", ascending=not weighed, kind="stable"
-        )
-        shown = joined.head(limit).reset_index(drop=True)
-        shown.attrs["n_found"] = len(joined)
+            found = table[kept if min_weight is None else kept & (table["weight"] >= min_weight)]
+            n_found += len(found)
+            joined = found if best.empty else pd.concat([best, found], ignore_index=True)
+            best = joined.sort_values(
+                "weight" if weighed else "slot", ascending=not weighed, kind="stable"
+            ).head(limit)
+        shown = best.reset_index(drop=True)
+        shown.attrs["n_found"] = n_found
         return shown
 
     def sample(self, n_tokens: int, bank: str, seed: int) -> StoredRouting:
@@ -127,13 +144,18 @@ class StoredRows:
     def _drawn(self, n_tokens: int, bank: str, seed: int) -> Iterator[TokenRows]:
         """Documents in random order, units too, until there are enough tokens."""
         rng = np.random.default_rng(seed)
-        left = n_tokens
-        for number in rng.permutation(self.numbers()):
+        numbers = rng.permutation(self.numbers())
+        left, share = n_tokens, -(-n_tokens // min(len(numbers), _SPREAD))
+        for number in numbers:
+            if left <= 0:
+                return
             rows = self.read(int(number), self.layers, _SAMPLED)
             in_bank = rows.columns["bank"] == bank
+            # A unit may hold a single domain, so no unit gives all of them.
+            enough = max(left - share, 0)
             for doc in rng.permutation(np.unique(rows.columns["doc"][in_bank])):
-                if left <= 0:
-                    return
+                if left <= enough:
+                    break
                 mine = in_bank & (rows.columns["doc"] == doc)
                 left -= int(mine.sum())
                 yield TokenRows(

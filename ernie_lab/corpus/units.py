@@ -14,6 +14,8 @@ from ernie_lab.corpus.folder import CorpusError
 from ernie_lab.inputs import Media
 from ernie_lab.lab import Lab
 
+MAX_DOMAINS = 256
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Window:
@@ -61,10 +63,19 @@ class Unit:
 def windows(lab: Lab, documents: Iterable[Document], max_length: int) -> Iterator[Window]:
     """Each document tokenised as `lab.run` would, in pieces of at most `max_length` tokens.
 
-    Documents never share a sequence, so none attends to another. One with pictures stays whole.
-    Empty documents are refused by name: nothing could be recorded of them.
+    Documents never share a sequence, so none attends to another. One with pictures stays whole,
+    however long. Empty texts have no tokens and are passed over; they keep their number.
+
+    Raises `CorpusError`, naming the document, for what the model cannot read, and for more than
+    256 domains: counts are kept for each.
     """
+    domains: set[str] = set()
     for doc, document in enumerate(documents):
+        if not (document.content or document.images or document.videos):
+            continue
+        if document.domain not in domains:
+            _check_domain(document, domains)
+            domains.add(document.domain)
         ids, media = _encoded(lab, document)
         if media:
             yield Window(doc, 0, ids, document.domain, media)
@@ -84,6 +95,22 @@ def units(pieces: Iterable[Window], unit_tokens: int) -> Iterator[Unit]:
             number, held, n_tokens = number + 1, [], 0
     if held:
         yield Unit(number, tuple(held))
+
+
+def _check_domain(document: Document, known: set[str]) -> None:
+    try:
+        document.domain.encode()
+    except UnicodeEncodeError:
+        raise CorpusError(
+            f"{document.where}: domain {document.domain!r} is no valid Unicode (half of a "
+            "surrogate pair)"
+        ) from None
+    if len(known) == MAX_DOMAINS:
+        raise CorpusError(
+            f"{document.where} brings domain {document.domain!r} after {MAX_DOMAINS} others. "
+            "Counts are kept for each domain, so it must be a kind of text, not a name or a "
+            "number of its own"
+        )
 
 
 def _encoded(lab: Lab, document: Document) -> tuple[tuple[int, ...], tuple[Media, ...]]:
