@@ -15,7 +15,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ernie_lab.analysis.balance import n_experts_of
-from ernie_lab.analysis.token_groups import Integers, documents_of, layers_of, routing_of
+from ernie_lab.analysis.token_groups import (
+    Integers,
+    documents_of,
+    layers_of,
+    n_tokens_of,
+    routing_of,
+)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -99,6 +105,7 @@ def ids_of(routing: Any) -> Any:
             f"a routing has expert_ids with dims (layer, token, slot); this is {found}. Pass a "
             "trace, or trace.routing('text') and trace.routing('vision') of a model with two banks"
         )
+    n_tokens_of(ids)
     return ids
 
 

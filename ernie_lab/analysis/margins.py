@@ -84,12 +84,10 @@ def margin_table(
     """
     routing = routing_of(routing)
     margin = routing.margin
-    margin_LN = np.array(margin, dtype=np.float64)
-    if np.isnan(margin_LN).all():
-        raise ValueError("every expert is chosen for every token: there is no margin")
+    document_N, n_documents = documents_of(margin, documents)
+    margin_LN = _margins(margin)
     layers = layers_of(margin)
     levels = _levels(noise, layers)
-    document_N, n_documents = documents_of(margin, documents)
     draws = draws_of(n_documents, n_draws, seed)
     rows = []
     for margin_N, level in zip(margin_LN, levels, strict=True):
@@ -125,13 +123,13 @@ def flips_by_margin(
     """
     base, other = routing_of(base), routing_of(other)
     require_same_tokens(base.expert_ids, other.expert_ids)
-    margin_LN = np.array(base.margin, dtype=np.float64)
+    document_N, n_documents = documents_of(base.expert_ids, documents)
+    margin_LN = _margins(base.margin)
     flips_LN = set_flips(base.expert_ids, other.expert_ids)
     points = np.quantile(margin_LN, np.linspace(0, 1, 11)) if edges is None else np.array(edges)
     points = np.unique(points) if edges is None else points
     if len(points) < 2 or (np.diff(points) <= 0).any():
         raise ValueError(f"edges={points.tolist()} must rise, and be at least two")
-    document_N, n_documents = documents_of(base.expert_ids, documents)
     draws = draws_of(n_documents, n_draws, seed)
     bin_LN = np.searchsorted(points, margin_LN, side="right") - 1
     bin_LN[margin_LN == points[-1]] = len(points) - 2
@@ -162,6 +160,13 @@ def set_flips(ids: ArrayLike, other: ArrayLike) -> Floats:
         raise ValueError(f"ids of shapes {mine.shape} and {its.shape}")
     same = (mine[..., :, None] == its[..., None, :]).any(-1)
     return np.asarray(1 - same.mean(-1))
+
+
+def _margins(margin: Any) -> Floats:
+    margin_LN = np.array(margin, dtype=np.float64)
+    if np.isnan(margin_LN).all():
+        raise ValueError("every expert is chosen for every token: there is no margin")
+    return margin_LN
 
 
 def _border(scores_LNE: Floats, k: int) -> NDArray[np.int64]:

@@ -157,6 +157,11 @@ def n_tokens_of(ids: Any) -> int:
     shape = np.shape(ids)
     if len(shape) < 2:
         raise ValueError(f"an array of shape {shape} has no (layer, token) axes")
+    if not shape[1]:
+        raise ValueError(
+            "this routing has no token: no prompt brought any to its bank (a vision bank needs a "
+            "picture), or a selection left none"
+        )
     return int(shape[1])
 
 

@@ -71,6 +71,9 @@ def test_what_they_refuse():
         score_noise(routing(random_probs(), 8), [routing(random_probs(), 8)] * 8)
     with pytest.raises(ValueError, match="must rise"):
         flips_by_margin(one, one, edges=[0, 0])
+    every = routing(random_probs(), 8)
+    with pytest.raises(ValueError, match="there is no margin"):
+        flips_by_margin(every, every)
     with pytest.raises(ValueError, match=r"but not \[2\]"):
         margin_table(one, noise=score_noise(one, [one] * 8).loc[[1]])
 
