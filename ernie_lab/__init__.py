@@ -8,8 +8,7 @@ run.trace.expert_ids
 """
 
 import importlib
-from types import ModuleType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ernie_lab.checkpoint import (
     CheckpointError,
@@ -18,7 +17,6 @@ from ernie_lab.checkpoint import (
     NotEnoughMemory,
     save_model,
 )
-from ernie_lab.corpus import CorpusError, RecordPlan, RoutingStore
 from ernie_lab.experiments import Effects, LabComparison, compare, compare_labs, effects
 from ernie_lab.inputs import BatchError, ImageError, PromptError, VideoError
 from ernie_lab.interventions import (
@@ -42,6 +40,7 @@ from ernie_lab.trace.trace import Trace
 
 if TYPE_CHECKING:
     from ernie_lab import analysis, plots, widgets
+    from ernie_lab.corpus import CorpusError, RecordPlan, RoutingStore
 
 __version__ = "0.1.0"
 
@@ -88,8 +87,14 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str) -> ModuleType:
-    """They bring matplotlib, pandas and ipywidgets, so they are imported at first use."""
-    if name in ("analysis", "plots", "widgets"):
+_MODULES = ("analysis", "plots", "widgets")
+_OF_CORPUS = ("CorpusError", "RecordPlan", "RoutingStore")
+
+
+def __getattr__(name: str) -> Any:
+    """What brings matplotlib, pandas or ipywidgets, or few will use, is imported at first use."""
+    if name in _MODULES:
         return importlib.import_module(f"ernie_lab.{name}")
+    if name in _OF_CORPUS:
+        return getattr(importlib.import_module("ernie_lab.corpus"), name)
     raise AttributeError(f"module 'ernie_lab' has no attribute {name!r}")

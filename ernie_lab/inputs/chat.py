@@ -3,17 +3,10 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from datetime import datetime
-from functools import cache, lru_cache
 from pathlib import Path
-from types import TracebackType
-from typing import Any, NoReturn, TypeAlias
-
-import jinja2
-from jinja2.sandbox import ImmutableSandboxedEnvironment
+from typing import Any, TypeAlias
 
 from ernie_lab.inputs.errors import ChatTemplateError
 from ernie_lab.inputs.media import Kind
@@ -28,8 +21,6 @@ _PICTURE_TYPES: Mapping[str, Kind] = {
     "video_url": "video",
 }
 _KEYS = ("path", "url", "base64")
-# A tag of transformers that marks the assistant's words for training; here it has no effect.
-_GENERATION_TAG = re.compile(r"\{%([-+]?)\s*(end)?generation\s*([-+]?)%\}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,18 +74,20 @@ def render_messages(
         "add_generation_prompt": add_generation_prompt,
     }
     values = {name: _json_data(name, value) for name, value in values.items()}
+    from ernie_lab.inputs.sandbox import TemplateSyntaxError, compiled, line_of
+
     try:
-        return _compiled(template).render(values)
+        return compiled(template).render(values)
     except ChatTemplateError as error:
         raise ChatTemplateError(f"{template_name}: {error}") from error
-    except jinja2.TemplateSyntaxError as error:
+    except TemplateSyntaxError as error:
         raise ChatTemplateError(
             f"{template_name} is not valid jinja2: {error.message} (line {error.lineno})."
         ) from error
     except Exception as error:  # the template is foreign code and may fail in any way
         problem = str(error) or type(error).__name__
         raise ChatTemplateError(
-            f"{template_name} failed{_line_of(error.__traceback__)}: {problem}"
+            f"{template_name} failed{line_of(error.__traceback__)}: {problem}"
         ) from error
 
 
@@ -223,66 +216,3 @@ def _json_data(name: str, value: object) -> Any:
         raise ChatTemplateError(
             f"{name} must be JSON data (text, numbers, lists, dicts) to enter a template: {error}"
         ) from error
-
-
-@lru_cache(maxsize=32)
-def _compiled(template: str) -> jinja2.Template:
-    return _environment().from_string(_GENERATION_TAG.sub(_without_effect, template))
-
-
-def _without_effect(tag: re.Match[str]) -> str:
-    before, end, after = tag.groups()
-    return f"{{%{before} {'endif' if end else 'if true'} {after}%}}"
-
-
-@cache
-def _environment() -> ImmutableSandboxedEnvironment:
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True,
-        lstrip_blocks=True,
-        extensions=["jinja2.ext.loopcontrols"],
-        finalize=_printable,
-    )
-    environment.filters["tojson"] = _to_json
-    environment.globals["raise_exception"] = _raise_exception
-    environment.globals["strftime_now"] = _strftime_now
-    return environment
-
-
-def _printable(value: object) -> object:
-    if isinstance(value, jinja2.Undefined):
-        raise ChatTemplateError(
-            f"it prints {value._undefined_name!r}, which is not defined. Pass it by name."
-        )
-    return value
-
-
-def _to_json(
-    value: object,
-    ensure_ascii: bool = False,
-    indent: int | None = None,
-    separators: tuple[str, str] | None = None,
-    sort_keys: bool = False,
-) -> str:
-    # jinja2's own filter escapes <, >, & and ' for HTML, which models have never seen.
-    return json.dumps(
-        value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
-    )
-
-
-def _raise_exception(message: str) -> NoReturn:
-    raise ChatTemplateError(f"it refuses this chat: {message}")
-
-
-def _strftime_now(format: str) -> str:
-    return datetime.now().strftime(format)
-
-
-def _line_of(traceback: TracebackType | None) -> str:
-    """The template's line, which jinja2 writes into the traceback."""
-    line = None
-    while traceback is not None:
-        if traceback.tb_frame.f_code.co_filename == "<template>":
-            line = traceback.tb_lineno
-        traceback = traceback.tb_next
-    return f" at line {line}" if line else ""
