@@ -43,7 +43,7 @@ def attention_statistics(
     first: int = 1,
     by: Labels | None = None,
     documents: Sequence[Hashable] | None = None,
-    draws: int = 1000,
+    n_draws: int = 1000,
     seed: int = 0,
 ) -> xr.Dataset:
     """Mean over queries of what each head looks at, (statistic, layer, head).
@@ -82,7 +82,7 @@ def attention_statistics(
         _pieces(trace, numbers, those, lambda pattern, at: measure(pattern, at, first)),
         those.groups,
         those.n_documents,
-        draws,
+        n_draws,
         seed,
     )
     return _as_dataset(found, by is not None, "statistic", UNITS)
@@ -97,7 +97,7 @@ def attention_distances(
     skip: int = 1,
     by: Labels | None = None,
     documents: Sequence[Hashable] | None = None,
-    draws: int = 1000,
+    n_draws: int = 1000,
     seed: int = 0,
 ) -> xr.Dataset:
     """How far back each head looks: share of its weight by distance, (distance, layer, head).
@@ -119,7 +119,7 @@ def attention_distances(
         _pieces(trace, numbers, those, lambda pattern, at: measure_distances(pattern, at, bins)),
         those.groups,
         those.n_documents,
-        draws,
+        n_draws,
         seed,
     )
     out = _as_dataset(found, by is not None, "distance", None)
@@ -127,7 +127,7 @@ def attention_distances(
 
 
 def vision_attention_statistics(
-    trace: Any, *, layers: Sequence[int] | None = None, draws: int = 1000, seed: int = 0
+    trace: Any, *, layers: Sequence[int] | None = None, n_draws: int = 1000, seed: int = 0
 ) -> xr.Dataset:
     """The same for the vision tower, whose patches see all patches of their frame.
 
@@ -149,7 +149,7 @@ def vision_attention_statistics(
                     yield Piece(layer, document, _heads(pattern), found, np.zeros(len(row), int))
 
     n_pictures = sum(one.sequence in trace.sequences for one in trace.media)
-    found = tallied(pieces(), ("",), n_pictures, draws, seed)
+    found = tallied(pieces(), ("",), n_pictures, n_draws, seed)
     return _as_dataset(found, False, "statistic", TOWER_UNITS)
 
 

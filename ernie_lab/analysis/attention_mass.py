@@ -66,7 +66,7 @@ class AttentionMass:
     def targets(self) -> tuple[str, ...]:
         return tuple(str(name) for name in self.mass["target"].values)
 
-    def table(self, *, per_head: bool = False, draws: int = 1000, seed: int = 0) -> pd.DataFrame:
+    def table(self, *, per_head: bool = False, n_draws: int = 1000, seed: int = 0) -> pd.DataFrame:
         """One row for each layer (and head), source and target: share, low, high, even, n.
 
         A query counts the same in whatever sequence it is. The interval is of a bootstrap over
@@ -82,7 +82,7 @@ class AttentionMass:
         even = np.nan_to_num(self.even.values) * counts_QS[:, :, None]
         n_S = counts_QS.sum(0)
         share = _divided(sums.sum(0), n_S[:, None])
-        low, high = _interval(sums, counts_QS, draws, seed)
+        low, high = _interval(sums, counts_QS, n_draws, seed)
         axes = ["layer", "head", "source", "target"]
         index = pd.MultiIndex.from_product([mass[axis].values for axis in axes], names=axes)
         flat_even = np.broadcast_to(_divided(even.sum(0), n_S[:, None]), share.shape)
@@ -297,9 +297,9 @@ def _divided(sums: Floats, counts: Floats) -> Floats:
     return np.divide(sums, counts, out=out, where=counts > 0)
 
 
-def _interval(sums: Floats, counts_QS: Floats, draws: int, seed: int) -> tuple[Floats, Floats]:
+def _interval(sums: Floats, counts_QS: Floats, n_draws: int, seed: int) -> tuple[Floats, Floats]:
     """Of the ratio sum / number, over draws of whole sequences; `sums` is `[q … s t]`."""
-    drawn_PQ = draws_of(len(sums), draws, seed).astype(float)
+    drawn_PQ = draws_of(len(sums), n_draws, seed).astype(float)
     out = np.full((2, *sums.shape[1:]), np.nan)
     for source, count_Q in enumerate(counts_QS.T):
         if np.count_nonzero(count_Q) < 2:

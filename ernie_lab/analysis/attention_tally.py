@@ -123,7 +123,7 @@ def _labels(table: Any, by: Any) -> list[Hashable]:
 
 
 def tallied(
-    pieces: Iterable[Piece], groups: Sequence[Hashable], n_documents: int, draws: int, seed: int
+    pieces: Iterable[Piece], groups: Sequence[Hashable], n_documents: int, n_draws: int, seed: int
 ) -> Tally:
     """Means and percentile intervals of a bootstrap over documents (see `interventions.bootstrap`).
 
@@ -146,7 +146,7 @@ def tallied(
     kept = ~np.isnan(sums).all(-1, keepdims=True)
     sums = np.where(kept, np.nan_to_num(sums), np.nan)
     total = n.sum(-1)
-    low, high = _interval(sums, n, draws_of(n_documents, draws, seed))
+    low, high = _interval(sums, n, draws_of(n_documents, n_draws, seed))
     return Tally(
         names, layers, heads, tuple(groups), n_documents,
         _over(sums.sum(-1), total[:, :, None]), low, high, _over(even.sum(-1), total), total,

@@ -157,7 +157,7 @@ def multinomial_reference(
     n_experts: int,
     k: int,
     statistic: Statistic = "max_violation",
-    draws: int = 1000,
+    n_random: int = 1000,
     seed: int = 0,
 ) -> Reference:
     """What `statistic` gives when each of N tokens picks k distinct experts of E uniformly.
@@ -167,34 +167,34 @@ def multinomial_reference(
     -N p (1 - p) / (E - 1) (within 2 % there; tested). Real tokens of one text are not
     independent, so this is a lower bound on what a balanced router shows.
     """
-    if not 0 < k <= n_experts or n_tokens < 1 or draws < 1:
+    if not 0 < k <= n_experts or n_tokens < 1 or n_random < 1:
         raise ValueError(
-            f"n_tokens={n_tokens}, n_experts={n_experts}, k={k}, draws={draws}: "
+            f"n_tokens={n_tokens}, n_experts={n_experts}, k={k}, n_random={n_random}: "
             "need 1 <= k <= n_experts and at least one token and one draw"
         )
     if statistic not in STATISTICS:
         raise ValueError(f"statistic={statistic!r}; known: {', '.join(STATISTICS)}")
-    values = STATISTICS[statistic](_uniform_counts(n_tokens, n_experts, k, draws, seed))
+    values = STATISTICS[statistic](_uniform_counts(n_tokens, n_experts, k, n_random, seed))
     p05, p95 = np.percentile(values, [5, 95])
     return Reference(statistic, float(values.mean()), float(p05), float(p95))
 
 
 @lru_cache(maxsize=32)
-def _uniform_counts(n_tokens: int, n_experts: int, k: int, draws: int, seed: int) -> Floats:
+def _uniform_counts(n_tokens: int, n_experts: int, k: int, n_random: int, seed: int) -> Floats:
     """Slots per expert `[draw e]` under uniform routing."""
     rng = np.random.default_rng(seed)
-    if n_tokens * draws > _EXACT_ROWS:
+    if n_tokens * n_random > _EXACT_ROWS:
         p = k / n_experts
-        z = rng.standard_normal((draws, n_experts))
+        z = rng.standard_normal((n_random, n_experts))
         spread = np.sqrt(n_tokens * p * (1 - p) * n_experts / max(n_experts - 1, 1))
         out = n_tokens * p + spread * (z - z.mean(axis=1, keepdims=True))
         return np.asarray(np.clip(out, 0, None))
     # Choosing k of E is leaving out E - k: take the smaller side.
     size = min(k, n_experts - k)
-    out = np.zeros((draws, n_experts))
+    out = np.zeros((n_random, n_experts))
     per_chunk = max(1, _CHUNK_ROWS // n_tokens)
-    for start in range(0, draws, per_chunk):
-        n = min(per_chunk, draws - start)
+    for start in range(0, n_random, per_chunk):
+        n = min(per_chunk, n_random - start)
         ids = _subsets(n * n_tokens, n_experts, size, rng)
         cell = np.repeat(np.arange(n), n_tokens)[:, None] * n_experts + ids
         out[start : start + n] = np.bincount(cell.ravel(), minlength=n * n_experts).reshape(n, -1)
@@ -216,7 +216,7 @@ def balance_table(
     *,
     n_experts: int | None = None,
     layers: Sequence[int] | None = None,
-    draws: int = 1000,
+    n_random: int = 1000,
     seed: int = 0,
 ) -> pd.DataFrame:
     """One row per layer: every balance statistic beside its value under uniform routing.
@@ -237,12 +237,12 @@ def balance_table(
     if len(layers) != len(ids_LNK):
         raise ValueError(f"{len(layers)} layer numbers for {len(ids_LNK)} layers of expert_ids")
     n_experts = n_experts or n_experts_of(trace)
-    rows = [_balance_row(ids_NK, n_experts, draws, seed) for ids_NK in ids_LNK]
+    rows = [_balance_row(ids_NK, n_experts, n_random, seed) for ids_NK in ids_LNK]
     return pd.DataFrame(rows, index=pd.Index(layers, name="layer"))
 
 
 def _balance_row(
-    ids_NK: NDArray[Any], n_experts: int, draws: int, seed: int
+    ids_NK: NDArray[Any], n_experts: int, n_random: int, seed: int
 ) -> dict[str, int | float]:
     routed = np.isfinite(ids_NK).all(axis=1) & (ids_NK >= 0).all(axis=1)
     n_tokens, k = int(routed.sum()), ids_NK.shape[1]
@@ -250,7 +250,7 @@ def _balance_row(
     load_E = load(ids_NK[routed], n_experts)
 
     def uniform(statistic: Statistic) -> Reference:
-        return multinomial_reference(n_tokens, n_experts, k, statistic, draws, seed)
+        return multinomial_reference(n_tokens, n_experts, k, statistic, n_random, seed)
 
     return {
         "n_tokens": n_tokens,

@@ -55,7 +55,7 @@ def balance_by(
     documents: By | None = None,
     strata: By | None = None,
     n_experts: int | None = None,
-    draws: int = 1000,
+    n_random: int = 1000,
     n_draws: int = 1000,
     seed: int = 0,
 ) -> pd.DataFrame:
@@ -85,7 +85,7 @@ def balance_by(
         strata: where the mixture is given, say so many documents of each domain: the label of
             each document, by token. Documents are then drawn within their stratum, so that the
             interval is for this mixture and not for one that happens to be drawn.
-        draws, n_draws: of the uniform reference, and of documents.
+        n_random, n_draws: of the uniform reference, and of documents.
     """
     routing = routing_of(routing)
     ids = getattr(routing, "expert_ids", routing)
@@ -105,7 +105,7 @@ def balance_by(
             )
             if counts_DE.any():
                 k = ids_NK.shape[1]
-                rows[layer, name] = _row(counts_DE, strata_D, k, draws, n_draws, seed)
+                rows[layer, name] = _row(counts_DE, strata_D, k, n_random, n_draws, seed)
     if not rows:
         raise ValueError("no token was routed in any layer: nothing is selected")
     return _table(rows)
@@ -118,7 +118,7 @@ def balance_of_counts(
     n_tokens: int | Sequence[int] | None = None,
     layers: Sequence[int] | None = None,
     group: str = "all",
-    draws: int = 1000,
+    n_random: int = 1000,
     n_draws: int = 1000,
     seed: int = 0,
 ) -> pd.DataFrame:
@@ -149,7 +149,7 @@ def balance_of_counts(
         )
     one_D = np.zeros(len(counts_DLE), dtype=np.int64)
     rows = {
-        (layer, group): _row(counts_DE.astype(np.int64), one_D, k, draws, n_draws, seed)
+        (layer, group): _row(counts_DE.astype(np.int64), one_D, k, n_random, n_draws, seed)
         for layer, counts_DE in zip(layers, np.moveaxis(counts_DLE, 1, 0), strict=True)
     }
     return _table(rows)
@@ -169,7 +169,7 @@ def counts_by_document(
 
 
 def _row(
-    counts_DE: Integers, strata_D: Integers, k: int, draws: int, n_draws: int, seed: int
+    counts_DE: Integers, strata_D: Integers, k: int, n_random: int, n_draws: int, seed: int
 ) -> dict[str, Any]:
     there_D = counts_DE.any(axis=1)
     there_DE = counts_DE[there_D]
@@ -187,7 +187,7 @@ def _row(
     drawn_BE = drawn_BD @ there_DE
     for name, statistic in STATISTICS.items():
         value = float(statistic(total_E))
-        chance = multinomial_reference(n_tokens, n_experts, k, name, draws, seed)
+        chance = multinomial_reference(n_tokens, n_experts, k, name, n_random, seed)
         low, high = np.nan, np.nan
         if len(there_DE) > 1:
             low, high = basic_interval(value, statistic(drawn_BE), _BOUNDS[name])

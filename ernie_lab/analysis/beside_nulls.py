@@ -57,7 +57,7 @@ class Question:
         *,
         n_redrawn: int = 20,
         n_permuted: int = 100,
-        draws: int = 300,
+        n_draws: int = 300,
         weighted: bool = False,
         seed: int = 0,
     ) -> Question:
@@ -74,7 +74,7 @@ class Question:
         if given_N is None:
             constant = constant_within(label_N[measured_N], document_N[measured_N])
             by = "documents" if constant else "tokens of a document"
-        drawn_RD = draws_of(int(document_N.max()) + 1, draws, seed)
+        drawn_RD = draws_of(int(document_N.max()) + 1, n_draws, seed)
         return cls(
             label_N, document_N, given_N, fitted_N, measured_N, by, drawn_RD, n_redrawn,
             n_permuted, weighted, seed,

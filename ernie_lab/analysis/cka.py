@@ -73,7 +73,7 @@ def linear_cka(x: ArrayLike, y: ArrayLike, *, debiased: bool = True) -> float:
 
 
 def layer_cka(
-    states: xr.DataArray, *, max_rows: int = 256, permutations: int = 50, seed: int = 0
+    states: xr.DataArray, *, max_rows: int = 256, n_permuted: int = 50, seed: int = 0
 ) -> LayerCKA:
     """Linear CKA between every two layers of `states` (layer, token, width), `t["resid_post"]`.
 
@@ -99,7 +99,7 @@ def layer_cka(
     u_LNN = centred(grams_LNN)
     value_LL = _ratio(u_LNN, u_LNN)
     low_LL, high_LL = _jackknife(value_LL, grams_LNN, grams_LNN, fold_N)
-    orders = [rng.permutation(len(rows_N)) for _ in range(permutations)]
+    orders = [rng.permutation(len(rows_N)) for _ in range(n_permuted)]
     shuffled = [_ratio(u_LNN, _reordered(u_LNN, order_N)) for order_N in orders]
 
     def labelled(values_LL: Floats) -> xr.DataArray:
@@ -117,7 +117,7 @@ def layer_cka(
 
 
 def paired_cka(
-    first: xr.DataArray, second: xr.DataArray, *, permutations: int = 200, seed: int = 0
+    first: xr.DataArray, second: xr.DataArray, *, n_permuted: int = 200, seed: int = 0
 ) -> pd.DataFrame:
     """Linear CKA, layer by layer, of two sets of tokens of which the i-th belong together.
 
@@ -142,7 +142,7 @@ def paired_cka(
         raise ValueError(f"{n} pairs, at most {MAX_ROWS}: take some, first.isel(token=…)")
     fold_N = _folds(first, np.arange(n))
     rng = np.random.default_rng(seed)
-    orders = [rng.permutation(n) for _ in range(permutations)]
+    orders = [rng.permutation(n) for _ in range(n_permuted)]
     rows = []
     for a_ND, b_ND in zip(first.values, second.values, strict=True):
         grams = [_gram(np.asarray(x, dtype=np.float64))[None] for x in (a_ND, b_ND)]

@@ -75,7 +75,7 @@ def coactivated_pairs(
     measure: Measure = "lift",
     layer: int | None = None,
     n_experts: int | None = None,
-    draws: int = 1000,
+    n_draws: int = 1000,
     seed: int = 0,
 ) -> pd.DataFrame:
     """The `n` pairs of each layer that go together most, picked on half of the documents.
@@ -88,7 +88,7 @@ def coactivated_pairs(
     _require_measure(measure)
     chosen = choices(routing, n_experts=n_experts)
     picking, telling = chosen.halves(seed)
-    draws_DX = draws_of(telling.n_documents, draws, seed)
+    draws_DX = draws_of(telling.n_documents, n_draws, seed)
     places = range(len(chosen.layers)) if layer is None else [place_of(layer, chosen.layers)]
     rows: list[dict[str, Any]] = []
     for place in places:

@@ -36,7 +36,7 @@ def context_overlap(
     *,
     per_label: int = 20,
     max_tokens: int = 3000,
-    draws: int = 1000,
+    n_draws: int = 1000,
     seed: int = 0,
 ) -> pd.DataFrame:
     """Mean Jaccard overlap of expert sets, one row per layer and kind of pair (`KINDS`).
@@ -53,7 +53,7 @@ def context_overlap(
     keep_N = _taken(label_N, chosen.document_N, per_label, max_tokens, rng)
     chosen, label_N, before_N = chosen.part(keep_N), label_N[keep_N], before_N[keep_N]
     sums = _sums(chosen, label_N, before_N)
-    draws_DX = draws_of(chosen.n_documents, draws, seed)
+    draws_DX = draws_of(chosen.n_documents, n_draws, seed)
     rows = []
     for place, layer in enumerate(chosen.layers):
         reference_D = sums[REFERENCE].drawn(place, draws_DX)
@@ -82,7 +82,7 @@ def label_overlap(
     *,
     n: int = 20,
     per_label: int = 200,
-    draws: int = 1000,
+    n_draws: int = 1000,
     seed: int = 0,
 ) -> pd.DataFrame:
     """For the `n` commonest labels: how alike are their expert sets in different documents?
@@ -101,7 +101,7 @@ def label_overlap(
         part = chosen.part(keep_N & (label_N == label))
         same_N = np.zeros(part.ids_LNK.shape[1], np.int64)
         sums = _sums(part, same_N, same_N)["token"]
-        drawn_D = sums.drawn(place, draws_of(part.n_documents, draws, seed))
+        drawn_D = sums.drawn(place, draws_of(part.n_documents, n_draws, seed))
         low, high = interval(drawn_D, part.n_documents)
         sets = Counter(tuple(sorted(one)) for one in part.ids_LNK[place].tolist())
         usual, often = sets.most_common(1)[0]

@@ -45,7 +45,7 @@ def cross_bank_counterfactual(
     tokens: BankName,
     *,
     layers: Sequence[int] | None = None,
-    draws: int = 1000,
+    n_draws: int = 1000,
     seed: int = 0,
 ) -> pd.DataFrame:
     """One row per layer: the output of the other bank beside that of the tokens' own.
@@ -95,7 +95,7 @@ def cross_bank_counterfactual(
             raise ValueError(f"no token of this trace went to the {tokens} bank in layer {layer}")
         document_N = np.unique(array["sequence"].values[mine_N.numpy()], return_inverse=True)[1]
         x_ND = trace.tensor(f"blocks.{layer}.moe.in")[mine_N]
-        drawn_PQ = draws_of(int(document_N.max()) + 1, draws, seed)
+        drawn_PQ = draws_of(int(document_N.max()) + 1, n_draws, seed)
         rows.append(_row(mixtures[layer], x_ND, tokens, document_N, drawn_PQ, seed + layer))
     return pd.DataFrame(rows, index=pd.Index(numbers, name="layer"))
 

@@ -19,14 +19,14 @@ def expert_information(
     given: By | None = None,
     weighted: bool = False,
     documents: By | None = None,
-    draws: int = 500,
-    seed: int = 0,
     n_experts: int | None = None,
+    n_draws: int = 500,
+    seed: int = 0,
 ) -> pd.DataFrame:
     """One row per layer: `mutual_information` of expert and label, with a 95 % interval.
 
     `label_bits` and `expert_bits` are the entropies that `bits` cannot exceed. The interval is
-    the spread of `draws` bootstrap draws of whole documents around their own mean, laid around
+    the spread of `n_draws` bootstrap draws of whole documents around their own mean, laid around
     `bits`: drawn samples repeat documents and so tell more than new ones would, and that shift is
     no uncertainty. It says nothing of what a router that learned nothing would tell on the same
     documents: that is `specialisation`.
@@ -48,7 +48,7 @@ def expert_information(
     document_N, n_documents = documents_of(ids, documents)
     n_experts = n_experts or n_experts_of(routing)
     weights_LNK = routing.expert_weights.values if weighted else None
-    drawn = draws_of(n_documents, draws, seed)
+    drawn = draws_of(n_documents, n_draws, seed)
     table = []
     for row, layer in enumerate(layers_of(ids)):
         weights_NK = None if weights_LNK is None else weights_LNK[row]

@@ -72,7 +72,7 @@ def match_experts(
     *,
     documents: By | None = None,
     n_experts: int | None = None,
-    shuffles: int = LEAST_SHUFFLES,
+    n_permuted: int = LEAST_SHUFFLES,
     n_draws: int = 1000,
     seed: int = 0,
 ) -> ExpertMatching:
@@ -88,7 +88,7 @@ def match_experts(
 
     Args:
         a, b: routings of the same tokens, as for `routing_diff`.
-        shuffles: how often b's tokens are shuffled, at least 20.
+        n_permuted: how often b's tokens are shuffled, at least 20.
 
     Raises:
         ValueError: other tokens, layers or numbers of experts, or a single document.
@@ -98,8 +98,10 @@ def match_experts(
     sizes = [n_experts or n_experts_of(one) for one in (a, b)]
     if sizes[0] != sizes[1]:
         raise ValueError(f"a chooses among {sizes[0]} experts, b among {sizes[1]}: no matching")
-    if shuffles < LEAST_SHUFFLES:
-        raise ValueError(f"shuffles={shuffles}: a 95th percentile needs at least {LEAST_SHUFFLES}")
+    if n_permuted < LEAST_SHUFFLES:
+        raise ValueError(
+            f"n_permuted={n_permuted}: a 95th percentile needs at least {LEAST_SHUFFLES}"
+        )
     document_N, n_documents = documents_of(a.expert_ids, documents)
     if n_documents < 2:
         raise ValueError(
@@ -127,7 +129,7 @@ def match_experts(
         for name, share_N in shares.items():
             got = estimate(share_N[~find_N], document_N[~find_N], draws)
             row |= {name: got.value, f"{name}_low": got.low, f"{name}_high": got.high}
-        chance = [_by_chance(ids_NK, its_NK, find_N, sizes[0], rng) for _ in range(shuffles)]
+        chance = [_by_chance(ids_NK, its_NK, find_N, sizes[0], rng) for _ in range(n_permuted)]
         row |= {"chance_mean": float(np.mean(chance))}
         row |= {"chance_p95": null_p95(chance)}
         row |= {"by_lot": ids_NK.shape[1] / sizes[0]}

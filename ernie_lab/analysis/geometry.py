@@ -75,7 +75,7 @@ def router_similarity(model: Model | HasModel, bank: str | None = None) -> xr.Da
     )  # fmt: skip
 
 
-def router_geometry(model: Model | HasModel, *, draws: int = 200, seed: int = 0) -> pd.DataFrame:
+def router_geometry(model: Model | HasModel, *, n_random: int = 200, seed: int = 0) -> pd.DataFrame:
     """One row per router: how alike its rows are, beside random rows. (For the text router against
     the vision router there is `router_alignment`.)
 
@@ -95,7 +95,7 @@ def router_geometry(model: Model | HasModel, *, draws: int = 200, seed: int = 0)
             pairs, lengths_E = _pairs(cosines_EE), weight_ED.double().norm(dim=-1)
             n_experts, width = weight_ED.shape
             if (n_experts, width) not in references:
-                references[n_experts, width] = _random_rows(n_experts, width, draws, seed)
+                references[n_experts, width] = _random_rows(n_experts, width, n_random, seed)
             rows.append(
                 {
                     "layer": layer, "bank": bank, "mean": pairs.mean(),
@@ -123,10 +123,10 @@ def _pairs(cosines_EE: Floats) -> Floats:
     return cosines_EE[np.triu_indices(len(cosines_EE), 1)]
 
 
-def _random_rows(n_experts: int, width: int, draws: int, seed: int) -> dict[str, float]:
+def _random_rows(n_experts: int, width: int, n_random: int, seed: int) -> dict[str, float]:
     generator = torch.Generator().manual_seed(seed)
     sizes, largest = [], []
-    for _ in range(draws):
+    for _ in range(n_random):
         rows_ED = torch.randn(n_experts, width, generator=generator)
         pairs = np.abs(_pairs(router_cosines(rows_ED, rows_ED)))
         sizes.append(pairs.mean())

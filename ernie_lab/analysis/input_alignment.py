@@ -32,8 +32,8 @@ def input_alignment(
     layer: int,
     bank: str | None = None,
     *,
-    redraws: int = 5,
-    draws: int = 200,
+    n_redrawn: int = 5,
+    n_draws: int = 200,
     seed: int = 0,
 ) -> pd.DataFrame:
     """cos(w_e, mean input) of the tokens sent to expert e and of those not sent; a row per expert.
@@ -59,11 +59,11 @@ def input_alignment(
     sums = _sums(states_ND, ids_NK, chosen)
     once = np.ones((1, chosen.n_documents), np.int64)
     sent_E, not_sent_E, apart_E = (one[0] for one in _cosines(weight_ED, sums, once))
-    drawn_DE = _drawn(weight_ED, sums, draws_of(chosen.n_documents, draws, seed))
+    drawn_DE = _drawn(weight_ED, sums, draws_of(chosen.n_documents, n_draws, seed))
     low_E, high_E = np.full((2, chosen.n_experts), np.nan)
     known_E = np.isfinite(drawn_DE).any(0) & (chosen.n_documents > 1)
     low_E[known_E], high_E[known_E] = ends(drawn_DE[:, known_E])
-    random = _redrawn(router.correction_bias_E, weight_ED, states_ND, chosen, redraws, seed)
+    random = _redrawn(router.correction_bias_E, weight_ED, states_ND, chosen, n_redrawn, seed)
     return pd.DataFrame(
         {
             "layer": layer, "expert": range(chosen.n_experts),
@@ -139,14 +139,14 @@ def _drawn(weight_ED: Tensor, sums: Sums, draws_RX: Integers) -> Floats:
 
 
 def _redrawn(
-    bias_E: Tensor, weight_ED: Tensor, states_ND: Floats, chosen: Choices, redraws: int, seed: int
+    bias_E: Tensor, weight_ED: Tensor, states_ND: Floats, chosen: Choices, n_redrawn: int, seed: int
 ) -> NDArray[Any]:
     """`apart` of all experts of some redrawn routers."""
     learned = OtherRouter(weight_ED, bias_E.detach().float().cpu())
     x_ND = torch.from_numpy(states_ND).float()
     once = np.ones((1, chosen.n_documents), np.int64)
     found = []
-    for number in range(redraws):
+    for number in range(n_redrawn):
         try:
             other = redraw(learned, x_ND, chosen.k, seed + number, "norm")
         except NotBalanced:

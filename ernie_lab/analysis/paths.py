@@ -56,8 +56,8 @@ def path_information(
     *,
     given: By | None = None,
     n_experts: int | None = None,
-    shuffles: int = 100,
-    draws: int = 1000,
+    n_permuted: int = 100,
+    n_draws: int = 1000,
     seed: int = 0,
 ) -> pd.DataFrame:
     """Bits that a first choice tells about that in the next mixture layer; one row per step.
@@ -76,7 +76,7 @@ def path_information(
     code_N = groups_of(ids_of(routing), given).code_N[chosen.rows_N]
     chosen, code_N = chosen.part(code_N >= 0), code_N[code_N >= 0]
     rng = np.random.default_rng(seed)
-    draws_DX = draws_of(chosen.n_documents, draws, seed)
+    draws_DX = draws_of(chosen.n_documents, n_draws, seed)
     rows = []
     for place, layer in enumerate(chosen.layers[:-1]):
         here_N, next_N = chosen.first[place], chosen.first[place + 1]
@@ -84,7 +84,7 @@ def path_information(
         bits, low, high = counted.interval(draws_DX)
         null = [
             _bits(_counted(here_N, permuted(next_N, code_N, _WITHIN, rng), chosen, code_N))
-            for _ in range(shuffles)
+            for _ in range(n_permuted)
         ]
         chance = float(np.mean(null))
         entropy = _bits(_counted(next_N, next_N, chosen, code_N))
@@ -120,7 +120,9 @@ def path_counts(routing: Any) -> pd.DataFrame:
     return table
 
 
-def frequent_paths(routing: Any, n: int = 10, *, draws: int = 1000, seed: int = 0) -> pd.DataFrame:
+def frequent_paths(
+    routing: Any, n: int = 10, *, n_draws: int = 1000, seed: int = 0
+) -> pd.DataFrame:
     """The `n` commonest paths, picked on half of the documents; all numbers are of the other.
 
     `share` of tokens, `low` and `high` its 95 % interval over documents. Beside it,
@@ -132,7 +134,7 @@ def frequent_paths(routing: Any, n: int = 10, *, draws: int = 1000, seed: int = 
     picking, telling = chosen.halves(seed)
     picked = Counter(map(tuple, picking.first.T.tolist())).most_common(n)
     texts = _texts(routing, telling)
-    draws_DX = draws_of(telling.n_documents, draws, seed)
+    draws_DX = draws_of(telling.n_documents, n_draws, seed)
     return pd.DataFrame([_path_row(path, telling, texts, draws_DX) for path, _ in picked])
 
 

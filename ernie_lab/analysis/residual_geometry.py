@@ -74,8 +74,8 @@ def residual_geometry(
     states: xr.DataArray,
     labels: str | Sequence[str] = "modality",
     *,
-    draws: int = 1000,
-    permutations: int = 100,
+    n_draws: int = 1000,
+    n_permuted: int = 100,
     seed: int = 0,
 ) -> ResidualGeometry:
     """Norms, centroid cosines and the share of variance between kinds, in every layer.
@@ -92,8 +92,8 @@ def residual_geometry(
         raise ValueError(f"all {len(label_N)} tokens are {kinds[0]!r}: nothing to compare")
     kind_N = np.array([kinds.index(label) for label in label_N])
     n_documents = int(document_N.max()) + 1
-    drawn_PQ = draws_of(n_documents, draws, seed)
-    deals = _deals(kind_N, document_N, permutations, seed)
+    drawn_PQ = draws_of(n_documents, n_draws, seed)
+    deals = _deals(kind_N, document_N, n_permuted, seed)
     norms, cosines, between = {}, {}, {}
     for layer, values in zip(layers, states.values, strict=True):
         x_ND = np.asarray(values, dtype=np.float64)

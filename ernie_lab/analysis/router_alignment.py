@@ -24,7 +24,7 @@ Floats: TypeAlias = NDArray[np.float64]
 
 
 def router_alignment(
-    model: VLModel | HasModel, *, centred: bool = False, permutations: int = 200, seed: int = 0
+    model: VLModel | HasModel, *, centred: bool = False, n_permuted: int = 200, seed: int = 0
 ) -> pd.DataFrame:
     """One row per layer: how alike the text and the vision router's rows are.
 
@@ -51,7 +51,7 @@ def router_alignment(
         text_ED, vision_ED = (
             _rows(router.weight_ED, centred) for router in (text, routers["vision"][layer])
         )
-        rows[layer] = _row(text_ED, vision_ED, permutations, rng)
+        rows[layer] = _row(text_ED, vision_ED, n_permuted, rng)
     return pd.DataFrame.from_dict(rows, orient="index").rename_axis("layer")
 
 
@@ -61,17 +61,16 @@ def _rows(weight_ED: Tensor, centred: bool) -> Tensor:
 
 
 def _row(
-    text_ED: Tensor, vision_ED: Tensor, permutations: int, rng: np.random.Generator
+    text_ED: Tensor, vision_ED: Tensor, n_permuted: int, rng: np.random.Generator
 ) -> dict[str, float]:
     cosines_EE = router_cosines(text_ED, vision_ED)
     width = text_ED.shape[1]
     moved = [
         router_cosines(text_ED, vision_ED[:, torch.from_numpy(rng.permutation(width))])
-        for _ in range(permutations)
+        for _ in range(n_permuted)
     ]
     renumbered = [
-        cosines_EE[:, rng.permutation(len(vision_ED))].diagonal().mean()
-        for _ in range(permutations)
+        cosines_EE[:, rng.permutation(len(vision_ED))].diagonal().mean() for _ in range(n_permuted)
     ]
     diagonal = float(cosines_EE.diagonal().mean())
     return {

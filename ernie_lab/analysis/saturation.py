@@ -33,9 +33,9 @@ def router_saturation(
     *,
     k: int | None = None,
     documents: By | None = None,
-    draws: int = 1000,
-    seed: int = 0,
     n_experts: int | None = None,
+    n_draws: int = 1000,
+    seed: int = 0,
 ) -> pd.DataFrame:
     """mean over tokens of |E_t and E_T| / k: how far checkpoint t chooses as the final one does.
 
@@ -58,7 +58,7 @@ def router_saturation(
     require_same_tokens(mine, theirs)
     n_experts = n_experts or n_experts_of(final)
     document_N, n_documents = documents_of(theirs, documents)
-    drawn = draws_of(n_documents, draws, seed)
+    drawn = draws_of(n_documents, n_draws, seed)
     rows = []
     both = zip(layers_of(theirs), first_slots(mine, k), first_slots(theirs, k), strict=True)
     for layer, mine_NK, theirs_NK in both:

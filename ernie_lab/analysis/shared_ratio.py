@@ -30,7 +30,7 @@ def shared_to_routed(
     routed: ArrayLike | xr.DataArray,
     content: Sequence[str],
     *,
-    draws: int = 1000,
+    n_draws: int = 1000,
     seed: int = 0,
 ) -> pd.DataFrame:
     """||shared_out|| / ||routed_out|| of each token, summarised by layer and by what tokens are.
@@ -64,7 +64,7 @@ def shared_to_routed(
     document_N = np.zeros(len(content), dtype=np.int64)
     if "sequence" in coords:
         document_N = np.unique(coords["sequence"].values, return_inverse=True)[1]
-    drawn_PQ = draws_of(int(document_N.max(initial=0)) + 1, draws, seed)
+    drawn_PQ = draws_of(int(document_N.max(initial=0)) + 1, n_draws, seed)
     label_N = np.array([str(label) for label in content])
     rows: dict[tuple[int, str], dict[str, float]] = {}
     for layer, shared_ND, routed_ND in zip(layers, shared_LND, routed_LND, strict=True):

@@ -118,7 +118,7 @@ def specialisation(
     documents: By | None = None,
     n_redrawn: int = 20,
     n_permuted: int = 100,
-    draws: int = 300,
+    n_draws: int = 300,
     seed: int = 0,
 ) -> Specialisation:
     """Information between expert and label beside its three nulls, layer by layer.
@@ -144,7 +144,7 @@ def specialisation(
         given: bits beyond this: `"id"` for beyond the token itself. See `mutual_information`.
         weighted: rows count by the weight of their expert instead of equally, nulls' too.
         documents: the document of each token; its sequence unless given.
-        draws: of the bootstrap over documents.
+        n_draws: of the bootstrap over documents.
 
     Raises:
         ValueError: one document; one label; gates that do not give the recorded choice; a
@@ -161,7 +161,7 @@ def specialisation(
     given_N = None if given is None else groups_of(ids, given).code_N
     question = Question.of(
         groups_of(ids, labels).code_N, document_N, given_N, n_redrawn=n_redrawn,
-        n_permuted=n_permuted, draws=draws, weighted=weighted, seed=seed,
+        n_permuted=n_permuted, n_draws=n_draws, weighted=weighted, seed=seed,
     )  # fmt: skip
     twins = [untrained] if isinstance(untrained, Trace) else list(untrained)
     probs = [_probs(twin, ids, bank) for twin in twins]

@@ -52,9 +52,9 @@ def token_id_null(
     routing: Any,
     *,
     documents: By | None = None,
-    draws: int = 1000,
-    seed: int = 0,
     n_experts: int | None = None,
+    n_draws: int = 1000,
+    seed: int = 0,
 ) -> pd.DataFrame:
     """One row per layer: the share of slots that a token's id alone predicts, on other documents.
 
@@ -79,7 +79,7 @@ def token_id_null(
     fitted_N = halves(np.zeros_like(document_N), document_N)
     seen_N = np.isin(token_N[~fitted_N], token_N[fitted_N])
     document_M = document_N[~fitted_N]
-    drawn = draws_of(n_documents, draws, seed)
+    drawn = draws_of(n_documents, n_draws, seed)
     rows = []
     for layer, ids_NK in zip(layers_of(ids), first_slots(ids, None), strict=True):
         fitted_FK, actual_MK = ids_NK[fitted_N], ids_NK[~fitted_N]

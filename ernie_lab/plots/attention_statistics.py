@@ -59,19 +59,19 @@ class Panel:
 
 @overload
 def plot_attention_statistics(
-    found: Any, statistic: str | Sequence[str] | None = ..., *, twin: Any = ..., model: str = ...,
-    ax: None = None, title: str | None = ..., caption: str | None = ...,
+    found: Any, statistic: str | Sequence[str] | None = ..., *, untrained: Any = ...,
+    model: str = ..., ax: None = None, title: str | None = ..., caption: str | None = ...,
 ) -> View: ...  # fmt: skip
 @overload
 def plot_attention_statistics(
-    found: Any, statistic: str | Sequence[str] | None = ..., *, twin: Any = ..., model: str = ...,
-    ax: Axes, title: str | None = ..., caption: str | None = ...,
+    found: Any, statistic: str | Sequence[str] | None = ..., *, untrained: Any = ...,
+    model: str = ..., ax: Axes, title: str | None = ..., caption: str | None = ...,
 ) -> Axes: ...  # fmt: skip
 def plot_attention_statistics(
     found: Any,
     statistic: str | Sequence[str] | None = None,
     *,
-    twin: Any = None,
+    untrained: Any = None,
     model: str = "",
     ax: Axes | None = None,
     title: str | None = None,
@@ -79,7 +79,7 @@ def plot_attention_statistics(
 ) -> View | Axes:
     """Heat maps of what `attention_statistics` found, one panel for each `statistic`.
 
-    A red line in the colour bar is the value of looking evenly. `twin` are the statistics of
+    A red line in the colour bar is the value of looking evenly. `untrained` are the statistics of
     an untrained twin on the same texts: an orange band in the bar is the range over all its
     heads, and a dot in a cell says that the head's interval lies outside it. Shares are coloured
     by their square root on one scale, 0 to 1; the others from 0 to their largest value. On `ax`
@@ -88,7 +88,7 @@ def plot_attention_statistics(
     require(
         found, "Dataset", "plot_attention_statistics", "el.analysis.attention_statistics(trace)"
     )
-    panels = [_panel(found, name, twin) for name in _chosen(found, statistic)]
+    panels = [_panel(found, name, untrained) for name in _chosen(found, statistic)]
     if ax is not None and len(panels) != 1:
         raise ValueError(f"{len(panels)} statistics do not fit on one ax: name one of them")
     layers, heads = ([int(n) for n in found[axis].values] for axis in ("layer", "head"))
@@ -115,7 +115,7 @@ def plot_attention_statistics(
             place.set_axis_off()
         return sheet.finish(
             title or _title(panels),
-            _caption(found, panels, twin, model) if caption is None else caption,
+            _caption(found, panels, untrained, model) if caption is None else caption,
             _alt(panels, layers, heads, model),
         )
 

@@ -60,7 +60,7 @@ def plot_expert_load(
         raise ValueError(f"{len(numbers)} layer numbers for {n_layers} rows of load")
     violation_L = max_violation(load_LE)
     relative_LE = load_LE / load_LE.mean(axis=1, keepdims=True)
-    reference = multinomial_reference(n_tokens, n_experts, k, "max_violation", draws=_DRAWS)
+    reference = multinomial_reference(n_tokens, n_experts, k, "max_violation", n_random=_DRAWS)
 
     # The scale ends at 2, 4 or 8 times: enough for nearly all cells, round numbers for the bar.
     spread = np.abs(np.log2(relative_LE[relative_LE > 0]))

@@ -176,7 +176,7 @@ def _attention(ax: Axes, of: ModalityIsolation) -> None:
 
 def _matrices(of: ModalityIsolation) -> tuple[Floats, Floats, list[int]]:
     """Shares (source, target), mean over layers; the even ones; how many tokens look."""
-    table = of.attention.table(draws=1)
+    table = of.attention.table(n_draws=1)
     mean = table.groupby(["source", "target"], sort=False)[["share", "even", "n"]].mean()
     shape = (len(of.attention.sources), len(of.attention.targets))
     share, even, n = (mean[name].to_numpy().reshape(shape) for name in ("share", "even", "n"))

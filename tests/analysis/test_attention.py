@@ -133,7 +133,7 @@ EYE = np.eye(5)
 
 def test_statistics_are_means_over_queries_with_true_numbers():
     trace = Trace([[ROWS, EYE], [np.eye(3), np.eye(3)]], [IDS, [1, 2, 3]])
-    found = attention_statistics(trace, draws=50)
+    found = attention_statistics(trace, n_draws=50)
     assert found.layer.values.tolist() == [2, 5] and found["head"].values.tolist() == [3, 4]
     sink = found.sel(statistic="sink")
     # The first token of each sequence is left out: 4 queries and 2.

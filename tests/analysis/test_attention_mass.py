@@ -72,7 +72,7 @@ def test_labels_and_sequences_pooled_by_hand():
     assert found.sources == ("a", "b")
     assert found.targets == (FIRST, "a", "b")
     assert found.n_queries.values.tolist() == [[1, 1], [0, 2]]
-    table = found.table(per_head=True, draws=200)
+    table = found.table(per_head=True, n_draws=200)
     # Head 0: sequence 0 has one query b, of LEFT; sequence 1 two, of RIGHT.
     rows = table.loc[(4, 0, "b")]
     assert rows["share"].tolist() == pytest.approx([0.3 / 3, 0.3 / 3, 2.4 / 3])

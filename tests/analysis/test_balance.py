@@ -78,9 +78,9 @@ def test_uniform_counts_have_every_token_once_per_slot(k):
 
 
 def test_normal_limit_meets_the_exact_simulation(monkeypatch):
-    exact = balance.multinomial_reference(4000, 16, 4, draws=1000)
+    exact = balance.multinomial_reference(4000, 16, 4, n_random=1000)
     monkeypatch.setattr(balance, "_EXACT_ROWS", 0)
-    limit = balance.multinomial_reference(4000, 16, 4, draws=1000, seed=1)
+    limit = balance.multinomial_reference(4000, 16, 4, n_random=1000, seed=1)
     assert limit.mean == pytest.approx(exact.mean, rel=0.05)
 
 

@@ -67,7 +67,7 @@ def test_maxvio_of_documents_is_another_number():
     row = balance_by(chosen(ids, sequence=np.repeat(np.arange(4), 5))).loc[(3, "all")]
     assert row["max_violation"] == 0 and row["document_max_violation"] == 3
     assert row["document_max_violation_low"] == row["document_max_violation_high"] == 3
-    expected = balance.multinomial_reference(5, 4, 1, draws=200).mean
+    expected = balance.multinomial_reference(5, 4, 1, n_random=200).mean
     assert row["document_max_violation_uniform_mean"] == pytest.approx(expected)
 
 

@@ -90,18 +90,18 @@ def test_pairs_find_what_was_planted_and_nothing_else():
     ids = made.expert_ids.values.copy()
     ids[1, ::4] = [5, 2]  # a quarter of all tokens of the second layer
     planted = routing(ids, sequence=made.expert_ids.sequence.values, layers=[3, 9])
-    table = coactivated_pairs(planted, 1, measure="jaccard", draws=200)
+    table = coactivated_pairs(planted, 1, measure="jaccard", n_draws=200)
     chance, found = table.iloc[0], table.iloc[1]
     assert (found.layer, found.expert, found.other) == (9, 2, 5)
     assert found.low > found.chance_p95 and found.lift > 1.5 and found.n_both > found.expected
     assert chance.layer == 3 and chance.lift < 1.5  # picked as largest, yet not so on the others
     assert found.n_tokens == 400  # half of the documents
-    share = coactivated_pairs(planted, 1, measure="share", layer=9, draws=50).iloc[0]
+    share = coactivated_pairs(planted, 1, measure="share", layer=9, n_draws=50).iloc[0]
     assert {share.expert, share.other} == {2, 5} and share.low <= share.share <= share.high
 
 
 def test_chance_bound_holds_for_lots():
-    table = coactivated_pairs(by_lot(1, 2000, 6, 2), 15, draws=20)
+    table = coactivated_pairs(by_lot(1, 2000, 6, 2), 15, n_draws=20)
     assert (table.lift > table.chance_p95).mean() < 0.35  # 5 % each, 15 pairs that hang together
 
 

@@ -8,7 +8,7 @@ from ernie_lab.analysis import context_overlap, label_overlap
 
 
 def overlaps(made, **how):
-    table = context_overlap(made, draws=100, **how)
+    table = context_overlap(made, n_draws=100, **how)
     return table.set_index(["layer", "kind"])
 
 
@@ -56,7 +56,7 @@ def test_labels_of_ones_own_and_tokens_left_out():
     labels = [None if one == 0 else f"glyph {one}" for one in ids]
     found = overlaps(made, by=labels)
     assert found.loc[(1, "token"), "n_labels"] == 4
-    table = label_overlap(made, 1, by=labels, n=2, draws=50)
+    table = label_overlap(made, 1, by=labels, n=2, n_draws=50)
     assert len(table) == 2 and (table.jaccard == 1).all() and (table.usual_share == 1).all()
     assert table.label[0].startswith("glyph") and table.n_documents[0] == 6
 
@@ -66,7 +66,7 @@ def test_label_overlap_sorts_by_what_the_label_decides():
     sequence = np.repeat(np.arange(10), 4)
     sets = np.stack([np.where(ids == 0, 0, sequence), np.full(40, 10)], -1)
     made = routing([sets], sequence=sequence, text=[["same", "varies"][i] for i in ids])
-    table = label_overlap(made, 1, draws=50)
+    table = label_overlap(made, 1, n_draws=50)
     assert table.label.tolist() == ["same", "varies"]
     assert table.usual[0] == "0 10" and table.jaccard[1] == pytest.approx(1 / 3)
 
@@ -95,6 +95,6 @@ def test_errors():
     pictures = routing([[[0, 1], [1, 2]]], sequence=[0, 1], id=[1, 1], modality=["image", "image"])
     with pytest.raises(ValueError, match="2 tokens are pieces of pictures"):
         context_overlap(pictures)
-    assert len(context_overlap(pictures, by=["a", "a"], draws=10)) == 1
+    assert len(context_overlap(pictures, by=["a", "a"], n_draws=10)) == 1
     with pytest.raises(ValueError, match="layer 3 has no routing"):
         label_overlap(made, 3)

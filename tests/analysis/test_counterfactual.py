@@ -101,7 +101,7 @@ def test_a_part_of_the_tokens(model, trace):
 
 
 def test_router_rows_beside_chance(model):
-    table = router_alignment(model, permutations=50)
+    table = router_alignment(model, n_permuted=50)
     assert table.index.tolist() == [1, 2]
     routers = [model.routers()[bank][1].weight_ED for bank in ("text", "vision")]
     cosines = router_cosines(*routers)

@@ -42,7 +42,7 @@ def test_cosines_by_hand(text):
 
 def test_the_table_of_routers_beside_random_rows():
     model = small_vl_model()
-    table = router_geometry(model, draws=20)
+    table = router_geometry(model, n_random=20)
     assert set(table.bank) == {"text", "vision"}
     row = table[table.bank == "vision"].iloc[0]
     values = router_similarity(model, "vision").sel(layer=row.layer).values
@@ -53,7 +53,7 @@ def test_the_table_of_routers_beside_random_rows():
     # The mean size of the cosine of random rows is about sqrt(2 / pi) of its deviation.
     assert row.random_mean_size == pytest.approx(0.8 * row.random_sd, rel=0.15)
     assert row.random_largest_p95 > 2 * row.random_sd
-    assert "bank" not in router_geometry(small_model(), draws=2)
+    assert "bank" not in router_geometry(small_model(), n_random=2)
     assert router_similarity(model, "text/vision").shape == (len(model.routers()["text"]),
                                                              *values.shape)  # fmt: skip
 
@@ -87,7 +87,7 @@ def recorded():
 
 def test_alignment_by_hand(recorded):
     lab, trace = recorded
-    table = input_alignment(trace, lab, 3, redraws=2, draws=50)
+    table = input_alignment(trace, lab, 3, n_redrawn=2, n_draws=50)
     weight_E = lab.model.routers()[3].weight_ED.detach().double().numpy()
     states = trace["blocks.3.moe.in"].values.astype(float)
     sent = (trace.expert_ids.sel(layer=3).values == 5).any(1)

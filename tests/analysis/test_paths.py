@@ -38,13 +38,13 @@ def follow(n=900, n_experts=4, seed=0):
 
 def test_information_of_a_copy_of_nothing_and_of_the_token():
     made = follow()
-    table = path_information(made, shuffles=20, draws=100).set_index("layer")
+    table = path_information(made, n_permuted=20, n_draws=100).set_index("layer")
     assert table.loc[1, "share"] == pytest.approx(1, abs=0.02)
     assert table.loc[1, "information"] == pytest.approx(2, abs=0.02)  # log2 of 4 experts
     assert table.loc[2, "low"] < 0 < table.loc[2, "high"]  # layer 3 does not know layer 2
     assert table.loc[2, "information"] < table.loc[2, "chance_p95"] + 0.02
     assert table.loc[3, "excess"] == pytest.approx(2, abs=0.05)
-    given = path_information(made, given="id", shuffles=20, draws=100).set_index("layer")
+    given = path_information(made, given="id", n_permuted=20, n_draws=100).set_index("layer")
     assert given.loc[3, "excess"] == pytest.approx(0, abs=1e-9)  # all of it was the token
     assert given.loc[1, "excess"] == pytest.approx(2, abs=0.06)
     assert given.loc[3, "next_layer"] == 4 and given.loc[3, "n_tokens"] == 900
@@ -60,7 +60,7 @@ def test_frequent_paths_are_picked_on_one_half_and_told_of_the_other():
         sequence=np.sort(np.arange(n) % 8),
         text=["the" if i % 5 == 0 else "of" for i in range(n)],
     )
-    row = frequent_paths(made, 1, draws=100).iloc[0]
+    row = frequent_paths(made, 1, n_draws=100).iloc[0]
     assert row.path == "3 → 1 → 2" and row.n_tokens <= 200
     assert row.low <= row.share <= row.high and row.share > row.by_steps > row.by_loads
     assert row.tokens.startswith("the ×")

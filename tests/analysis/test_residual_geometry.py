@@ -23,7 +23,7 @@ STATES = [[[3, 0], [1, 0], [0, 3], [0, 5]], [[1, 1], [1, 1], [1, 1], [1, 1]]]
 
 
 def test_by_hand():
-    found = residual_geometry(labelled(STATES), draws=100, permutations=50)
+    found = residual_geometry(labelled(STATES), n_draws=100, n_permuted=50)
     assert found.kinds == ("text", "image") and found.n_documents == 2
     assert found.norms.loc[(2, "text"), ["n_tokens", "mean", "median"]].tolist() == [2, 2, 2]
     assert found.norms.loc[(2, "image"), ["low", "high"]].tolist() == [3, 5]
@@ -37,7 +37,7 @@ def test_by_hand():
 
 def test_intervals_are_of_whole_documents():
     """Document 0 alone: (3, 0) and (0, 3), all of the variance between; 1 alone likewise."""
-    found = residual_geometry(labelled(STATES[:1]), draws=200)
+    found = residual_geometry(labelled(STATES[:1]), n_draws=200)
     row = found.between.loc[2]
     assert row["low"] == pytest.approx(20 / 24) and row["high"] == pytest.approx(1)
     alone = residual_geometry(labelled(STATES[:1], documents=None))
@@ -51,7 +51,7 @@ def test_a_turned_and_stretched_stream_has_the_same_geometry(seed):
     states = rng.normal(size=(1, 12, 4)) + 1
     kinds, documents = ["a", "b", "c"] * 4, np.arange(12) // 4
     turn = np.linalg.qr(rng.normal(size=(4, 4)))[0] * 3
-    few = {"draws": 20, "permutations": 5}
+    few = {"n_draws": 20, "n_permuted": 5}
     one = residual_geometry(labelled(states, kinds, documents), **few)
     two = residual_geometry(labelled(states @ turn, kinds, documents), **few)
     np.testing.assert_allclose(one.cosines, two.cosines)
@@ -106,10 +106,10 @@ def test_labels_of_whole_documents_are_dealt_out_to_documents():
     domains = np.repeat(list("abab" * 4), 5)
     documents = np.repeat(np.arange(16), 5)
     states = rng.normal(size=(1, 80, 3)) + 3 * (domains == "a")[None, :, None]
-    apart = residual_geometry(labelled(states, domains, documents), draws=20, permutations=60)
+    apart = residual_geometry(labelled(states, domains, documents), n_draws=20, n_permuted=60)
     row = apart.between.loc[2]
     assert row["share"] > 3 * row["null_p95"]
     alike = rng.normal(size=(1, 80, 3)) + rng.normal(size=(1, 16, 3)).repeat(5, axis=1)
-    found = residual_geometry(labelled(alike, domains, documents), draws=20, permutations=60)
+    found = residual_geometry(labelled(alike, domains, documents), n_draws=20, n_permuted=60)
     null = found.between.loc[2, "null_p95"]
     assert found.between.loc[2, "share"] < null and null > 0.05, "documents differ by themselves"

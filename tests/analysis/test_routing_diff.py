@@ -195,7 +195,7 @@ def test_equal_routings_keep_their_numbers() -> None:
     found = match_experts(a, a)
     assert (found.table["moved"] == 0).all() and (found.table["gain"] == 0).all()
     with pytest.raises(ValueError, match="at least 20"):
-        match_experts(a, a, shuffles=3)
+        match_experts(a, a, n_permuted=3)
     part = Routing(a.expert_ids.assign_coords(layer=[7, 8]), a.expert_weights, None, 8)
     with pytest.raises(ValueError, match="layer 7 is not in it"):
         routing_diff(part, part, matching=found)

@@ -38,7 +38,7 @@ def test_layers_and_intervals_over_documents():
     given = [
         xr.DataArray(x, dims=("layer", "token", "width"), coords=coords) for x in (shared, routed)
     ]
-    table = shared_to_routed(*given, ["text"] * 4, draws=100)
+    table = shared_to_routed(*given, ["text"] * 4, n_draws=100)
     assert table.index.tolist() == [(3, "text"), (7, "text")]
     assert table["median"].tolist() == pytest.approx([2.0, 1.0])
     assert table["low"].tolist() == pytest.approx([1.0, 0.5])

@@ -118,7 +118,7 @@ def planted(along: bool) -> tuple[Question, Choice, torch.Tensor, torch.Tensor]:
         gate[expert, seen[expert % 4]] = 2.0
         gate[expert, 8 + expert % 4] = 0.5 * (-1) ** (expert // 4)
     ids = choose(states, OtherRouter(gate, torch.zeros(8)), 2).numpy()
-    question = Question.of(label, document, n_redrawn=20, n_permuted=40, draws=60)
+    question = Question.of(label, document, n_redrawn=20, n_permuted=40, n_draws=60)
     return question, Choice(ids, np.full(ids.shape, 0.5)), states, gate
 
 
@@ -155,7 +155,7 @@ def test_labels_are_measured_on_documents_that_no_bias_was_fitted_on() -> None:
 
 def test_of_a_trace(trace) -> None:
     twins = [untrained_twin(LAB, seed).run(PROMPTS, keep="routing").trace for seed in (0, 1)]
-    how = {"n_redrawn": 5, "n_permuted": 10, "draws": 30}
+    how = {"n_redrawn": 5, "n_permuted": 10, "n_draws": 30}
     found = specialisation(trace, case_of(trace), LAB, label="case", untrained=twins, **how)
     assert found.layers == (1, 2) and found.by == "documents" and found.n_redrawn == 5
     assert found.n_tokens == 48 and found.n_fitted == 48 and found.n_documents == 4
@@ -181,7 +181,7 @@ def test_of_a_bank() -> None:
     pictures = [[np.full((8, 8, 3), shade, np.uint8)] for shade in (0, 60, 120, 250)]
     trace = lab.run(["ab", "cd", "ef", "gh"], images=pictures, keep=["routing", "moe.in"]).trace
     labels = trace.routing("vision").expert_ids.pos.values % 2
-    how = {"n_redrawn": 3, "n_permuted": 5, "draws": 10}
+    how = {"n_redrawn": 3, "n_permuted": 5, "n_draws": 10}
     found = specialisation(trace, labels, lab, bank="vision", label="parity", **how)
     assert found.bank == "vision" and found.subject == "vision expert and parity"
     with pytest.raises(ValueError, match="two banks"):
@@ -219,7 +219,7 @@ def test_a_twin_has_the_same_shape_and_learned_nothing() -> None:
 
 
 def test_bits_by_layer_with_intervals(trace) -> None:
-    table = expert_information(trace, case_of(trace), draws=50)
+    table = expert_information(trace, case_of(trace), n_draws=50)
     assert table.index.tolist() == [1, 2]
     row = table.loc[1]
     expected = mutual_information(case_of(trace), trace.expert_ids.sel(layer=1).values, 8)
@@ -227,6 +227,6 @@ def test_bits_by_layer_with_intervals(trace) -> None:
     assert row["low"] < row["bits"] < row["high"]
     assert (row["n_tokens"], row["n_documents"], row["n_labels"]) == (96, 8, 2)
     assert row["bits"] < row["label_bits"] < 1.1 and row["expert_bits"] < 3.1
-    beyond = expert_information(trace, case_of(trace), given="id", weighted=True, draws=20)
+    beyond = expert_information(trace, case_of(trace), given="id", weighted=True, n_draws=20)
     assert beyond["share_comparable"].iloc[0] == 0, "no letter is of both cases"
     assert share_comparable(np.array([0, 1, 0, -1]), np.array([5, 5, 6, 6])) == pytest.approx(2 / 3)

@@ -22,7 +22,7 @@ def test_share_right_by_hand() -> None:
     ids = [[0], [1], [0], [2], [0], [1], [0], [3]]
     token = [5, 6, 5, 6, 5, 6, 5, 4]
     routing = chosen(ids, sequence=np.repeat([0, 1, 2, 3], 2), token=token)
-    row = token_id_null(routing, draws=200).loc[3]
+    row = token_id_null(routing, n_draws=200).loc[3]
     # Predicted 0 for id 5, 1 for id 6, and 0, the most used, for 4: right, wrong, right, wrong.
     assert row["token_id"] == 0.5
     assert row["context_free"] == 0.5  # always expert 0 (0 and 1 are equally used)

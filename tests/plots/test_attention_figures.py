@@ -65,7 +65,7 @@ def test_the_twin_is_a_band_and_what_lies_outside_has_a_dot():
     value[1] = [[0.5, 0.5, 0.99], [0.5, 0.01, 0.5]]
     found = found.assign(value=value, low=value - 0.02, high=value + 0.02)
     twin = twin.assign(value=twin["value"] * 0 + np.linspace(0.4, 0.6, 3))
-    view = plots.plot_attention_statistics(found, "sink", twin=twin)
+    view = plots.plot_attention_statistics(found, "sink", untrained=twin)
     (ax,) = panels(view)
     places = sorted((round(line.get_ydata()[0]), round(line.get_xdata()[0])) for line in ax.lines)
     assert places == [(0, 2), (1, 1)]

@@ -41,7 +41,7 @@ def texts(labels):
 
 
 def balance(one, by=None):
-    return balance_by(one, by, draws=100, n_draws=100)
+    return balance_by(one, by, n_random=100, n_draws=100)
 
 
 def test_balance_draws_values_intervals_and_the_band(one):

@@ -180,7 +180,7 @@ def test_counterfactual_by_direction():
 
 
 def test_layer_cka_squares():
-    found = layer_cka(states(), permutations=5)
+    found = layer_cka(states(), n_permuted=5)
     view = plots.plot_layer_cka({"text": found, "image": found}, model="m")
     first = view.figure.axes[0]
     np.testing.assert_allclose(first.images[0].get_array(), found.value)
@@ -194,8 +194,8 @@ def test_layer_cka_squares():
 
 def test_paired_cka_beside_shuffled_pairs():
     first = states()
-    table = paired_cka(first, first + 0.1 * states(seed=3), permutations=20)
-    twin = paired_cka(first, states(seed=4), permutations=20)
+    table = paired_cka(first, first + 0.1 * states(seed=3), n_permuted=20)
+    twin = paired_cka(first, states(seed=4), n_permuted=20)
     view = plots.plot_paired_cka(table, untrained=twin, pairs="glyphs and words", model="m")
     ax = view.figure.axes[0]
     lines = [line.get_ydata() for line in ax.lines if len(line.get_xdata()) == 3]
@@ -221,7 +221,7 @@ def test_at_released_size():
         plots.plot_isolation(many),
         plots.plot_shared_ratio(shared(layers), untrained=shared(layers)),
         plots.plot_counterfactual({"text": crossing(layers), "vision": crossing(layers)}),
-        plots.plot_residual_geometry(residual_geometry(states(28), draws=20, permutations=5)),
+        plots.plot_residual_geometry(residual_geometry(states(28), n_draws=20, n_permuted=5)),
         plots.plot_layer_cka(_cka(28)),
     ]
     for view in views:

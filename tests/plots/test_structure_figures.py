@@ -181,7 +181,7 @@ def test_path_errors(made):
 
 
 def test_contexts_draw_kinds_with_intervals_at_true_layers(made):
-    table = context_overlap(made, draws=50)
+    table = context_overlap(made, n_draws=50)
     view = plots.plot_contexts(table, model="toy", bank="vision", label="glyph")
     ax = view.figure.axes[0]
     kinds = list(dict.fromkeys(table.kind))
@@ -214,7 +214,7 @@ def test_on_the_callers_axes(made):
         lambda ax: plots.plot_coactivation(coactivation(made), layer=2, ax=ax, title="$x$"),
         lambda ax: plots.plot_similarity(np.eye(3), name="cosine", ax=ax, title="$x$"),
         lambda ax: plots.plot_expert_paths(path_steps(made), ax=ax, title="$x$"),
-        lambda ax: plots.plot_contexts(context_overlap(made, draws=5), ax=ax, title="$x$"),
+        lambda ax: plots.plot_contexts(context_overlap(made, n_draws=5), ax=ax, title="$x$"),
     ):
         ax = Figure().subplots()
         assert draw(ax) is ax and ax.get_title(loc="left") == "$x$"
