@@ -44,9 +44,9 @@ def domain_specialisation(
     *,
     k: int | None = None,
     documents: By | None = None,
-    draws: int = 500,
-    seed: int = 0,
     n_experts: int | None = None,
+    n_draws: int = 500,
+    seed: int = 0,
 ) -> xr.Dataset:
     """N(k)_{e,D} / N_D: the share of a domain's tokens that have expert e among their first k.
 
@@ -66,7 +66,7 @@ def domain_specialisation(
     groups = groups_of(ids, labels)
     document_N, n_documents = documents_of(ids, documents)
     n_experts = n_experts or n_experts_of(routing)
-    drawn = draws_of(n_documents, draws, seed)
+    drawn = draws_of(n_documents, n_draws, seed)
     ids_LNK, n_labels = first_slots(ids, k), len(groups.names)
     kept = groups.code_N >= 0
     cell_N = (document_N * n_labels + groups.code_N)[kept]

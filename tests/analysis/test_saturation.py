@@ -45,7 +45,7 @@ def test_a_domain_goes_to_its_experts_so_often() -> None:
 def test_shares_have_intervals_over_documents() -> None:
     """Two documents of a, one all expert 0 and one all expert 1: a draw has 0, 1/2 or all."""
     ids, sequence = [[0], [0], [1], [1], [2], [2]], [0, 0, 1, 1, 2, 3]
-    found = domain_specialisation(chosen(ids, sequence=sequence), list("aaaabb"), draws=400)
+    found = domain_specialisation(chosen(ids, sequence=sequence), list("aaaabb"), n_draws=400)
     a = found.sel(layer=3, expert=0, label="a")
     assert (float(a.share), float(a.low), float(a.high)) == (0.5, 0, 1)
     b = found.sel(layer=3, expert=2, label="b")
