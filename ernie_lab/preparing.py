@@ -76,7 +76,10 @@ def _read_text(
 ) -> Sequence[EncodedPrompt]:
     for name, given in pictures.items():
         if given is not None:
-            raise ValueError(f"{name}= needs a vision-language model; this one reads text alone")
+            raise ValueError(
+                f"{name}= needs a vision-language model, such as el.load('tiny-vl'); "
+                f"{lab.model_id} reads text alone"
+            )
     if is_chat(prompt) and _lacks_template(lab, options):
         options["template"] = default_template(template_kind(lab.model_id, visual=False))
     return read_prompt(prompt, lab.tokenizer, **options)

@@ -126,6 +126,8 @@ def effects(
     The other arguments are those of `compare`.
     """
     given = as_edits(edits)
+    if not given:
+        raise ValueError("edits= is empty: there is no effect of nothing; give el.shared.zero(3)")
     exempt = own_routing(lab, given)
     held = tuple(layer for layer in routed_layers(lab) if layer not in exempt)
     named = {

@@ -89,12 +89,19 @@ def plot_expert_map(
         tokens = trace.tokens if tokens is None else tokens
         model = model or model_name(trace, None)
     if n_experts is None:
+        if hasattr(ids, "trace"):
+            raise TypeError(
+                f"plot_expert_map draws a trace or expert ids, not a {type(ids).__name__}: pass "
+                "its .trace"
+            )
         raise ValueError("n_experts= is needed: expert ids alone do not tell it")
     ids_LTK, weights_LTK = _arrays(ids, expert_weights, n_experts)
     layers = _numbers(layers, coordinate(ids, "layer"), len(ids_LTK), "layers")
     sequences = set(coordinate(ids, "sequence") or ())
     if len(sequences) > 1:
-        raise ValueError(f"{len(sequences)} sequences: an expert map shows one, select it first")
+        raise ValueError(
+            f"{len(sequences)} sequences, and an expert map shows one: trace.sel(sequence=0)"
+        )
     n_prompt = prompt_length(ids) if n_prompt is None else n_prompt
     words = names(ids, tokens)
     words = [str(i) for i in range(ids_LTK.shape[1])] if words is None else words

@@ -186,7 +186,8 @@ def bank_of(trace: TraceLike, bank: str) -> Any:
     """The routing of a bank, of a model that has two."""
     if len(trace.banks) < 2:
         raise ValueError(
-            f"bank={bank!r}: this model has one bank of experts, so it reads no pictures"
+            f"bank={bank!r}: this model has one bank of experts, so it reads no pictures; for its "
+            "routing there are plot_expert_map and plot_expert_load"
         )
     return trace.routing(bank)
 

@@ -91,6 +91,8 @@ def report(
     )
     contents = f"<nav><ul>{links}</ul></nav>\n" if len(sections) > 1 else ""
     path = Path(path)
+    if path.is_dir():
+        raise IsADirectoryError(f"{path} is a folder; name a file in it: {path / 'report.html'}")
     write_atomic(path, f"{head}{top}{contents}{body}</body>\n</html>\n".encode())
     return path
 

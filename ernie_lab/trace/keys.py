@@ -104,9 +104,11 @@ def _elsewhere(name: str, layer: int, sites: Sequence[Site], parts: tuple[str, .
 
 
 def _not_a_key(key: object) -> TypeError:
+    as_array = isinstance(key, int)  # so ask numpy, list() and zip()
+    way = ". A trace is no array; give one of its arrays, such as t.expert_ids" if as_array else ""
     return TypeError(
         f"a key is a path, a Site, (name, layer) or (name, layer, part), such as "
-        f"('pattern', 3), not {key!r}"
+        f"('pattern', 3), not {key!r}{way}"
     )
 
 

@@ -77,7 +77,9 @@ def load(folder: Path) -> dict[str, Any]:
     """The fields of the `Trace` that was saved there."""
     folder = folder.expanduser()
     if not (folder / HEADER).is_file():
-        raise FileNotFoundError(f"{folder} is not a saved trace: it has no {HEADER}")
+        inside = sorted(file.parent.name for file in folder.glob(f"*/{HEADER}"))
+        way = f"in it are {', '.join(inside[:8])}" if inside else "trace.save(folder) writes one"
+        raise FileNotFoundError(f"{folder} is not a saved trace: it has no {HEADER}; {way}")
     try:
         header = json.loads((folder / HEADER).read_text(encoding="ascii"))
     except ValueError as error:

@@ -152,3 +152,8 @@ def test_with_pictures() -> None:
     drift = crossed.comparison.routing.set_index(["condition", "layer", "bank"])["flips"]
     assert drift["FE", 1, "vision"] == 1
     assert drift["FE", 2, "vision"] == 0
+
+
+def test_the_effect_of_nothing(lab: Lab) -> None:
+    with pytest.raises(ValueError, match="edits= is empty"):
+        effects(lab, PROMPTS, [])

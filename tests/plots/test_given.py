@@ -45,3 +45,11 @@ def test_a_trace_in_the_place_of_a_result(name):
 def test_another_table(name):
     with pytest.raises(ValueError, match=r"has no column .*; it has \['a'\]"):
         getattr(el.plots, name)(pd.DataFrame({"a": [1]}))
+
+
+def test_a_run_in_the_place_of_its_trace():
+    class Run:
+        trace = None
+
+    with pytest.raises(TypeError, match=r"not a Run: pass its \.trace"):
+        el.plots.plot_expert_map(Run())

@@ -53,3 +53,8 @@ def test_report_takes_no_foreign_html(tmp_path):
     with pytest.raises(TypeError, match="'S' has a object"):
         plots.report(tmp_path / "r.html", title="T", sections=sections)
     assert not list(tmp_path.iterdir())
+
+
+def test_a_folder_is_no_report(sections, tmp_path):
+    with pytest.raises(IsADirectoryError, match=f"name a file in it: {tmp_path}/report.html"):
+        plots.report(tmp_path, title="T", sections=sections)

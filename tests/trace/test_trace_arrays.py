@@ -371,3 +371,9 @@ def test_traces_copy_and_pickle():
     for other in (pickle.loads(pickle.dumps(trace)), copy.deepcopy(trace)):
         assert other.to_frame().equals(trace.to_frame())
     assert trace.tokens.text.tolist() == [*TEXTS[0][:5], *TEXTS[1][:5]]
+
+
+def test_a_trace_is_no_array():
+    trace, _ = generation("routing")
+    with pytest.raises(TypeError, match=r"not 0. A trace is no array; .* t.expert_ids"):
+        list(trace)

@@ -51,6 +51,14 @@ def test_round_trip(tmp_path):
         _ = loaded.sel(layer=1)["resid_pre", 2]
 
 
+def test_a_folder_of_traces_names_them(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"no trace.json; trace.save\(folder\) writes one"):
+        Trace.load(tmp_path)
+    generation("routing")[0].save(tmp_path / "run1")
+    with pytest.raises(FileNotFoundError, match=r"no trace\.json; in it are run1"):
+        Trace.load(tmp_path)
+
+
 def test_round_trip_of_slices_and_of_dense_models(tmp_path):
     trace, _ = generation(["routing", "attention"])
     part = trace.sel(sequence=1, position=[1, 3], layer=2)
