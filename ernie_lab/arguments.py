@@ -6,8 +6,30 @@ from collections.abc import Iterable, Sequence
 from numbers import Integral
 from typing import Any, cast
 
-from ernie_lab.inference.generate import LogitsProcessor
+from ernie_lab.inference.defaults import GenerationDefaults, merged
+from ernie_lab.inference.generate import LogitsProcessor, Settings
 from ernie_lab.interventions.edits import Edit, EditError
+
+
+def as_settings(
+    defaults: GenerationDefaults,
+    *,
+    max_new_tokens: int,
+    min_new_tokens: int,
+    stop: int | str | Sequence[int | str] | None,
+    seed: int | Sequence[int],
+    **rules: float | int | None,
+) -> Settings:
+    """How to generate. What is None, of `stop` and the sampling `rules`, is the checkpoint's."""
+    stop_ids, stop_strings = (defaults.stop_ids, ()) if stop is None else split_stops(stop)
+    return Settings(
+        max_new_tokens=max_new_tokens,
+        min_new_tokens=min_new_tokens,
+        sampling=merged(defaults.sampling, rules),
+        stop_ids=stop_ids,
+        stop_strings=stop_strings,
+        seeds=as_seeds(seed),
+    )
 
 
 def split_stops(

@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor
 
-from ernie_lab.arguments import as_edits, as_processors, as_seeds, split_stops
+from ernie_lab.arguments import as_edits, as_processors, as_settings
 from ernie_lab.checkpoint import LoadReport, TextConfig
 from ernie_lab.checkpoint.config import ModelConfig
 from ernie_lab.describe import as_lines, as_table, lab_facts
-from ernie_lab.inference.defaults import GenerationDefaults, merged
+from ernie_lab.inference.defaults import GenerationDefaults
 from ernie_lab.inference.forward import Forward, LogitsWanted, aligned_labels, forward
-from ernie_lab.inference.generate import LogitsProcessor, Settings
+from ernie_lab.inference.generate import LogitsProcessor
 from ernie_lab.inference.writer import Piece
 from ernie_lab.inputs import (
     Batch,
@@ -291,23 +291,17 @@ class Lab:
         chat: Mapping[str, Any] | None = None,
     ) -> Stream:
         """`generate` as an iterator over pieces; `.result` is the `Generation` at its end."""
-        stop_ids, stop_strings = (self.defaults.stop_ids, ()) if stop is None else split_stops(stop)
-        settings = Settings(
+        settings = as_settings(
+            self.defaults,
             max_new_tokens=max_new_tokens,
             min_new_tokens=min_new_tokens,
-            sampling=merged(
-                self.defaults.sampling,
-                {
-                    "temperature": temperature,
-                    "top_k": top_k,
-                    "top_p": top_p,
-                    "min_p": min_p,
-                    "repetition_penalty": repetition_penalty,
-                },
-            ),
-            stop_ids=stop_ids,
-            stop_strings=stop_strings,
-            seeds=as_seeds(seed),
+            stop=stop,
+            seed=seed,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            min_p=min_p,
+            repetition_penalty=repetition_penalty,
         )
         batch = self.prepare(prompt, chat, images=images, videos=videos)
         call = Call(settings, as_edits(edits), as_processors(logits_processors), is_single(prompt))
@@ -343,11 +337,7 @@ class Lab:
         tap = CacheTap(chosen, grad=incl_bwd)
         out = self._forward(batch, tap, None, "all", incl_bwd)
         assert out.logits is not None
-        values = {path: value.detach() for path, value in tap.values.items()}
-        if incl_bwd:
-            assert out.loss is not None
-            values |= tap.gradients(out.loss)
-        cache = ActivationCache(values, sites)
+        cache = tap.cache(sites, out.loss if incl_bwd else None)
         cache = cache if device is None else cache.to(device)
         return out.logits.detach(), cache.remove_batch_dim() if remove_batch_dim else cache
 

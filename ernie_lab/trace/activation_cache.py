@@ -97,6 +97,13 @@ class CacheTap:
                 x.retain_grad()
         return x
 
+    def cache(self, sites: Sequence[Site], loss: Tensor | None = None) -> ActivationCache:
+        """What was kept, without its graph; with a loss, its gradients too, run backwards now."""
+        values = {path: x.detach() for path, x in self.values.items()}
+        if loss is not None:
+            values |= self.gradients(loss)
+        return ActivationCache(values, sites)
+
     def gradients(self, loss: Tensor) -> dict[str, Tensor]:
         """Of the loss, by `path + "_grad"`; values without a gradient are left out.
 
