@@ -75,7 +75,7 @@ def plot_correction_bias(
             sheet.ax.legend(loc="best")
         return sheet.finish(
             title or f"What the correction bias does to the load of the {name}",
-            _caption(ledger, model) if caption is None else caption,
+            _caption(ledger, numbers, model) if caption is None else caption,
             alt(ledger, numbers, model),
         )
 
@@ -169,7 +169,7 @@ def _maps(
             _bar(panel, image, "load, × fair share", powers, "", [times(p) for p in powers])
         view = sheet.finish(
             title or f"What the correction bias does to the load of the {name}",
-            _caption(ledger, model, maps=True) if caption is None else caption,
+            _caption(ledger, layers, model, maps=True) if caption is None else caption,
             alt(ledger, layers, model),
         )
         assert isinstance(view, View)
@@ -212,15 +212,16 @@ def _bar(
     bar.ax.tick_params(length=2)
 
 
-def _caption(ledger: BiasLedger, model: str, maps: bool = False) -> str:
-    rows = ledger.layers
+def _caption(ledger: BiasLedger, layers: list[int], model: str, maps: bool = False) -> str:
+    rows = ledger.layers.loc[layers]
+    chance = [f"{end:.2f}" for end in rows["correlation_chance"].agg(["min", "max"])]
     n_experts = len(ledger.experts.loc[rows.index[0]])
     what = (
         "Experts are in the order of their bias, layer by layer: the same place in the three maps "
         "is the same expert."
         if maps
-        else "One expert is one hollow and one filled point; numbers name experts with the "
-        "smallest and the largest biases. Dashed: the fair share."
+        else "One expert is one hollow and one filled point; numbers: smallest and largest "
+        "biases. Dashed: the fair share."
     )
     return (
         f"{model + ': ' if model else ''}N = {ledger.n_tokens:,} tokens × {ledger.k} of "
@@ -228,8 +229,8 @@ def _caption(ledger: BiasLedger, model: str, maps: bool = False) -> str:
         "probability alone on the same hidden states. Uniform routing of as many tokens stays "
         f"below MaxVio {rows['uniform_p95'].max():.2f} in 95 % of draws. r: of bias and load "
         "without it, over experts; training lowers the bias of an overloaded expert, so r < 0 is "
-        f"its rule and no finding (|r| by chance: up to {rows['correlation_chance'].median():.2f} "
-        "in 95 % of orders)."
+        f"its rule and no finding (|r| of random orders: 95 % below "
+        f"{' to '.join(dict.fromkeys(chance))}{' by layer' * (len(layers) > 1)})."
     )
 
 

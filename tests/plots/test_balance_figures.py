@@ -108,7 +108,10 @@ def test_bias_pairs_each_expert_without_and_with(ledger):
         assert ax.get_xlabel() == "bias, centred (probability)"
     assert "text experts" in view.title and "its rule and no finding" in view.caption
     assert "layer 9: MaxVio" in view.alt and len(view.png()) < 150_000
+    chance = ledger.layers["correlation_chance"]
+    assert f"95 % below {chance.min():.2f} to {chance.max():.2f} by layer" in view.caption
     single = plots.plot_correction_bias(ledger, layers=[5])
+    assert f"95 % below {chance[5]:.2f})" in single.caption, "of the layer that is drawn"
     assert single.figure.axes[0].get_title(loc="left").startswith("layer 5")
 
 
