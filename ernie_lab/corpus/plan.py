@@ -150,6 +150,8 @@ class RecordPlan:
             raise ValueError(f"workers and gpus_per_worker are of runner='ray', not {runner!r}")
         lab, folder = self.lab(), Folder(Path(self.folder).expanduser())
         _refuse_moved(self._edits, lab, self.rows)
+        if isinstance(self.corpus, str | Path):  # a misspelt path must leave no folder behind
+            next(read_documents(self.corpus), None)
         folder.open(self.asked(lab))
         done = (
             self._ray(lab, folder, workers, gpus_per_worker)

@@ -93,6 +93,13 @@ def test_the_first_of_two_plans_stays(tmp_path) -> None:
     assert Folder(tmp_path).plan()["model"] == "one" and not list(tmp_path.glob(".tmp-*"))
 
 
+def test_a_corpus_that_is_not_there_leaves_no_folder(lab, tmp_path) -> None:  # noqa: F811
+    for corpus in ("no-such.txt", tmp_path / "no-such.txt"):
+        with pytest.raises(CorpusError, match="no such file or folder"):
+            el.RecordPlan(model=lab, corpus=corpus, folder=tmp_path / "out").run(progress=False)
+    assert not (tmp_path / "out").exists()
+
+
 def test_status_while_others_write(lab, tmp_path) -> None:  # noqa: F811
     store = recorded(lab, tmp_path)
     (tmp_path / "failed").mkdir()
