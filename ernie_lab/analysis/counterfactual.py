@@ -121,7 +121,9 @@ def _row(
     for name, prefix in (("cosine", ""), ("size", "size_"), ("change", "change_")):
         one = estimate(found[name], document_N, drawn_PQ)
         row |= {name: one.value, f"{prefix}low": one.low, f"{prefix}high": one.high}
-    row |= {name: float(np.nanmean(found[name])) for name in _MEASURES[3:]}
+    for name in _MEASURES[3:]:
+        known = found[name][~np.isnan(found[name])]
+        row[name] = float(known.mean()) if len(known) else np.nan
     return row | {"chance": router.n_chosen / router.n_experts}
 
 
@@ -146,8 +148,10 @@ def _compared(
         yield _cosine(own_ND, one_ND)
         yield (one_ND.norm(dim=-1) / own_ND.norm(dim=-1)).log2()
         yield (one_ND - own_ND).norm(dim=-1) / whole_ND.norm(dim=-1)
+    # A ring through all tokens: a random order would leave some at their own place.
     order_N = torch.randperm(len(x_ND), generator=generator).to(x_ND.device)
-    yield _cosine(own_ND, other_ND[order_N])
+    shuffled_N = _cosine(own_ND[order_N], other_ND[order_N.roll(1)])
+    yield shuffled_N if len(x_ND) > 1 else shuffled_N.fill_(torch.nan)
     same_NKK = mine.expert_ids_NK.unsqueeze(-1) == theirs.expert_ids_NK.unsqueeze(-2)
     yield same_NKK.any(-1).float().mean(-1)
 

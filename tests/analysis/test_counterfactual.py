@@ -6,7 +6,12 @@ import torch
 from support.models import small_model, small_vl_config, small_vl_model
 from vl_driver import MIXED, TEXT_ALONE, record
 
-from ernie_lab.analysis.counterfactual import cross_bank_counterfactual, cross_bank_sites
+from ernie_lab.analysis.counterfactual import (
+    _MEASURES,
+    _compared,
+    cross_bank_counterfactual,
+    cross_bank_sites,
+)
 from ernie_lab.analysis.isolation import router_cosines
 from ernie_lab.analysis.router_alignment import router_alignment
 from ernie_lab.interventions import routing
@@ -55,6 +60,19 @@ def test_against_the_layer_itself(model, trace, tokens):
     assert row["same_numbers"] == pytest.approx(np.mean(agree))
     assert row["chance"] == 2 / 8
     assert row["low"] <= row["cosine"] <= row["high"]
+
+
+def test_another_token_is_never_the_same_one(model, trace):
+    moe, x = model.blocks[2].moe, trace.tensor("blocks.2.moe.in")[:2]
+    with torch.no_grad():
+        own, other = moe.text(x)[0], moe.vision(x)[0]
+        apart = torch.cosine_similarity(own, other.flip(0)).sort().values
+        for seed in range(6):
+            generator = torch.Generator().manual_seed(seed)
+            found = list(_compared(moe, x, "text", generator))[_MEASURES.index("shuffled_cosine")]
+            assert found.sort().values.tolist() == pytest.approx(apart.tolist(), abs=1e-5)
+        alone = list(_compared(moe, x[:1], "text", torch.Generator()))
+    assert alone[_MEASURES.index("shuffled_cosine")].isnan().all()
 
 
 def test_a_copied_bank_changes_nothing():
