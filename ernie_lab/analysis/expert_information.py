@@ -28,8 +28,11 @@ def expert_information(
     `label_bits` and `expert_bits` are the entropies that `bits` cannot exceed. The interval is
     the spread of `n_draws` bootstrap draws of whole documents around their own mean, laid around
     `bits`: drawn samples repeat documents and so tell more than new ones would, and that shift is
-    no uncertainty. It says nothing of what a router that learned nothing would tell on the same
-    documents: that is `specialisation`.
+    no uncertainty. In simulations with 12 to 72 documents it held the bits of endless text in 82 to
+    85 % of cases where documents of one label differed from each other: these differences pass for
+    differences of labels, so that `bits` are too high, the more the fewer documents there are.
+    It says nothing of what a router that learned nothing would tell on the same documents: that
+    is `specialisation`.
 
     With `given`, `share_comparable` is the share of tokens whose given value occurs under two
     labels or more: only these can tell anything.
