@@ -38,7 +38,14 @@ class Groups:
 
 def routing_of(trace: Any) -> Any:
     """The routing that a trace holds; a trace with two banks raises and names them."""
+    if is_run(trace):
+        raise TypeError(f"a routing is wanted, not a {type(trace).__name__}: pass its .trace")
     return trace.routing() if callable(getattr(trace, "routing", None)) else trace
+
+
+def is_run(given: Any) -> bool:
+    """A run, or a generation, where its trace is wanted (arrays have a method `trace`)."""
+    return hasattr(given, "trace") and not callable(given.trace)
 
 
 def groups_of(ids: Any, by: By | None) -> Groups:

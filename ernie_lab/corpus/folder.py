@@ -85,7 +85,9 @@ class Folder:
         try:
             content = json.loads((self.path / PLAN).read_text(encoding="utf-8"))
         except FileNotFoundError:
-            raise CorpusError(f"{self.path} is no recording: it has no {PLAN}") from None
+            raise CorpusError(
+                f"{self.path} is no recording: it has no {PLAN}; RecordPlan(…).run() makes one"
+            ) from None
         except json.JSONDecodeError as error:
             raise CorpusError(f"{self.path / PLAN} is damaged: {error}") from None
         if content.get("schema") != SCHEMA:

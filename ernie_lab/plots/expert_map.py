@@ -10,6 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.collections import PolyCollection
 from numpy.typing import ArrayLike, NDArray
 
+from ernie_lab.analysis.token_groups import is_run
 from ernie_lab.plots.pictures import TraceLike, model_name
 from ernie_lab.plots.style import INK, MARK, MUTED, PALE, RULE
 from ernie_lab.plots.token_names import Tokens, names
@@ -89,7 +90,7 @@ def plot_expert_map(
         tokens = trace.tokens if tokens is None else tokens
         model = model or model_name(trace, None)
     if n_experts is None:
-        if hasattr(ids, "trace"):
+        if is_run(ids):
             raise TypeError(
                 f"plot_expert_map draws a trace or expert ids, not a {type(ids).__name__}: pass "
                 "its .trace"

@@ -1,5 +1,6 @@
 """A figure that is given the trace, or another table, says what it draws and what returns it."""
 
+import numpy as np
 import pandas as pd
 import pytest
 
@@ -47,9 +48,18 @@ def test_another_table(name):
         getattr(el.plots, name)(pd.DataFrame({"a": [1]}))
 
 
-def test_a_run_in_the_place_of_its_trace():
-    class Run:
-        trace = None
+class Run:
+    trace = None
 
+
+def test_a_run_in_the_place_of_its_trace():
     with pytest.raises(TypeError, match=r"not a Run: pass its \.trace"):
         el.plots.plot_expert_map(Run())
+    for analysis in (el.analysis.balance_by, el.analysis.bias_ledger):
+        with pytest.raises(TypeError, match=r"not a Run: pass its \.trace"):
+            analysis(Run())
+
+
+def test_an_array_is_no_run():
+    with pytest.raises(ValueError, match="n_experts= is needed"):
+        el.plots.plot_expert_map(np.zeros((1, 2, 1), int))
