@@ -87,7 +87,7 @@ __all__ = [
 ]
 
 
-_MODULES = ("analysis", "plots", "widgets")
+_MODULES = ("analysis", "corpus", "plots", "widgets")
 _OF_CORPUS = ("CorpusError", "RecordPlan", "RoutingStore")
 
 

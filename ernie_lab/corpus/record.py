@@ -162,7 +162,17 @@ def _rows(unit: Unit, collected: Mapping[int, _Collected]) -> TokenRows:
     windows = unit.windows
     parts = [collected[i] for i in range(len(windows))]
     content = [kind for part in parts for kind in part.content]
-    columns = {
+    return TokenRows(
+        columns_of(unit, content),
+        {layer: np.concatenate([part.ids[layer] for part in parts]) for layer in parts[0].ids},
+        {layer: np.concatenate([part.weights[layer] for part in parts]) for layer in parts[0].ids},
+    )
+
+
+def columns_of(unit: Unit, content: Sequence[str]) -> dict[str, Any]:
+    """Of every token of a unit: where it stands, and what it is."""
+    windows = unit.windows
+    return {
         "unit": np.full(unit.n_tokens, unit.number),
         "doc": [window.doc for window in windows for _ in window.ids],
         "pos": [window.start + i for window in windows for i in range(len(window.ids))],
@@ -171,11 +181,6 @@ def _rows(unit: Unit, collected: Mapping[int, _Collected]) -> TokenRows:
         "content": content,
         "bank": ["text" if kind == "text" else "vision" for kind in content],
     }
-    return TokenRows(
-        columns,
-        {layer: np.concatenate([part.ids[layer] for part in parts]) for layer in parts[0].ids},
-        {layer: np.concatenate([part.weights[layer] for part in parts]) for layer in parts[0].ids},
-    )
 
 
 def commit_unit(

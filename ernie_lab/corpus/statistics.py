@@ -109,12 +109,8 @@ class Statistics:
         """Count one forward's tokens of one layer, in place."""
         if not torch.isfinite(probs_NE).all():
             raise ValueError(f"layer {layer}: the router's probabilities are not all finite")
-        at, (n_experts, k) = self.shape.layers.index(layer), (self.shape.n_experts, ids_NK.shape[1])
-        sums = {name: x[at] for name, x in self.sums.items() if name != "transitions"}
-        group_N = rows.domain_N * len(BUCKETS) + rows.bucket_N
-        _count(sums["tokens"], group_N)
-        _count(sums["counts"], group_N[:, None] * n_experts + ids_NK)
-        _count(sums["content_counts"], rows.content_N[:, None] * n_experts + ids_NK)
+        self.add_choices(layer, rows, ids_NK)
+        sums, n_experts, k = self._of(layer), self.shape.n_experts, ids_NK.shape[1]
         if "probabilities" in sums:
             fixed_NE = (probs_NE.double() * FIXED).round().long()
             sums["probabilities"].index_add_(0, rows.domain_N, fixed_NE)
@@ -128,6 +124,14 @@ class Statistics:
             best_NK = scores_NE.topk(k + 1, dim=-1).values
             margin_N = best_NK[:, k - 1] - best_NK[:, k]
             _count(sums["margin"], rows.domain_N * MARGIN_BINS + margin_bin(margin_N))
+
+    def add_choices(self, layer: int, rows: Rows, ids_NK: Int[Tensor, "n k"]) -> None:
+        """What follows from the ids alone: also known of other engines' routing."""
+        sums, n_experts = self._of(layer), self.shape.n_experts
+        group_N = rows.domain_N * len(BUCKETS) + rows.bucket_N
+        _count(sums["tokens"], group_N)
+        _count(sums["counts"], group_N[:, None] * n_experts + ids_NK)
+        _count(sums["content_counts"], rows.content_N[:, None] * n_experts + ids_NK)
         if "coactivation" in sums:
             for piece_NK in ids_NK.split(_EXACT_ROWS):
                 chosen_NE = one_hot(piece_NK, n_experts).sum(1).float()
@@ -135,6 +139,10 @@ class Statistics:
                 sums["coactivation"] += together_EE.long()
         if "vocabulary" in sums:
             _count(sums["vocabulary"], rows.token_N[:, None] * n_experts + ids_NK)
+
+    def _of(self, layer: int) -> dict[str, Tensor]:
+        at = self.shape.layers.index(layer)
+        return {name: x[at] for name, x in self.sums.items() if name != "transitions"}
 
     def add_transitions(self, layer: int, before_N: Tensor, first_N: Tensor) -> None:
         """From the first choices in the mixture layer before this one, of the same tokens."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from functools import cached_property
 from os import PathLike
 from pathlib import Path
@@ -10,6 +11,11 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 import numpy as np
 
 from ernie_lab.corpus.folder import CorpusError, Folder
+from ernie_lab.corpus.questions import (
+    balance_of_store,
+    domain_load_of_store,
+    information_of_store,
+)
 from ernie_lab.corpus.record import read_facts, read_statistics
 from ernie_lab.corpus.statistics import BUCKETS, CONTENT, FIXED, PER_OCTAVE, Statistics
 from ernie_lab.corpus.stored_rows import StoredRouting, StoredRows
@@ -18,7 +24,10 @@ if TYPE_CHECKING:
     import pandas as pd
     import xarray as xr
 
-By: TypeAlias = Literal["domain", "position", "content"]
+# How far an engine whose routing was ingested agrees with the model run here.
+REFERENCE = "reference.json"
+
+By: TypeAlias = Literal["domain", "position", "content", "unit"]
 
 _SHOWN = ("n_tokens", "n_windows", "seconds")
 
@@ -101,8 +110,12 @@ class RoutingStore:
         return self._merged[self.banks[0]].shape.n_chosen
 
     def counts(self, by: By | None = None, bank: str | None = None) -> xr.DataArray:
-        """Slots that went to each expert, (layer, expert), or (layer, domain | position | content,
-        expert); `attrs["n_tokens"]` are the tokens of the bank."""
+        """Slots that went to each expert, (layer, expert), or (layer, domain | position | content |
+        unit, expert); `attrs["n_tokens"]` are the tokens of the bank.
+
+        The rest of `el.analysis` takes counts as they are:
+        `el.plots.plot_expert_load(store.counts(), n_tokens=…, k=store.n_chosen)`.
+        """
         import xarray as xr
 
         found = self.statistics(bank)
@@ -117,8 +130,18 @@ class RoutingStore:
             values, coords["position"] = counts_LGPE.sum(1), list(BUCKETS)
         elif by == "content":
             values, coords["content"] = found.sums["content_counts"].numpy(), list(CONTENT)
+        elif by == "unit":
+            name = self._bank(bank)
+            values = np.stack(
+                [
+                    read_statistics(self._folder, number)[name].sums["counts"].sum((1, 2)).numpy()
+                    for number in self.units
+                ],
+                axis=1,
+            )
+            coords["unit"] = list(self.units)
         else:
-            raise ValueError(f"by={by!r} must be None, 'domain', 'position' or 'content'")
+            raise ValueError(f"by={by!r} must be None, 'domain', 'position', 'content' or 'unit'")
         attrs = {"n_tokens": found.n_tokens, "k": shape.n_chosen, "bank": bank or ""}
         return xr.DataArray(values, dims=dims, coords=coords, name="slots", attrs=attrs)
 
@@ -127,6 +150,29 @@ class RoutingStore:
         counts = self.counts(by, bank)
         total = counts.sum("expert")
         return (counts / total.where(total > 0)).rename("load").assign_attrs(counts.attrs)
+
+    def balance(self, by: By | None = None, bank: str | None = None) -> pd.DataFrame:
+        """`el.analysis.balance_by` of the whole recording: by layer and group, each statistic
+        beside what uniform routing of as many tokens gives; `el.plots.plot_balance` draws it.
+
+        Without `by` the intervals are over units, blocks of neighbouring documents; a few of them
+        tell little, and a corpus in order of its domains makes them wide. By group there are none.
+        """
+        return balance_of_store(self.counts(by or "unit", bank), by, self.n_chosen)
+
+    def information(self, by: By = "domain", bank: str | None = None) -> pd.DataFrame:
+        """Bits that an expert tells of the domain (or position, content) of its token, by layer.
+
+        Of (token, slot) rows, Miller-Madow corrected (`el.analysis.information_of_counts`), beside
+        `label_bits`, which bounds them. No null stands beside them here: permuted labels give 0 at
+        such numbers, but routers that learned nothing do not; see `el.analysis.specialisation`.
+        """
+        return information_of_store(self.counts(by, bank), by)
+
+    def domain_load(self, bank: str | None = None) -> xr.Dataset:
+        """`el.analysis.domain_specialisation` of the whole recording, without intervals: the share
+        of a domain's tokens that have the expert among their k; `el.plots.plot_domain_load`."""
+        return domain_load_of_store(self.counts("domain", bank), self.n_chosen)
 
     def router_probs(self, by_domain: bool = False, bank: str | None = None) -> xr.DataArray:
         """Mean probability of each expert, (layer, expert) or (layer, domain, expert)."""
@@ -190,7 +236,29 @@ class RoutingStore:
         }
         return xr.DataArray(values, dims=("layer", "domain", "bin"), coords=coords, name="tokens")
 
+    @property
+    def reference(self) -> pd.DataFrame:
+        """Of an ingested recording, by layer: how far its experts are those of the same documents
+        run here, see `ernie_lab.corpus.agreement`; `attrs` has `n_documents` and `n_tokens`."""
+        import pandas as pd
+
+        path = self.path / REFERENCE
+        if not path.exists():
+            raise CorpusError(
+                f"{self.path} was not compared: that takes ingest_routed_experts with a Lab"
+            )
+        told = json.loads(path.read_text())
+        table = pd.DataFrame({name: told[name] for name in ("slots", "sets", "large_margin")})
+        table.index = pd.Index(table.index.astype(int), name="layer")
+        table.attrs |= {name: told[name] for name in ("n_documents", "n_tokens")}
+        return table
+
     def _sum(self, found: Statistics, name: str) -> np.ndarray[Any, np.dtype[np.int64]]:
+        if name not in found.sums and "ingested" in self.plan:
+            raise CorpusError(
+                f"{name!r} is not known: {self.plan['ingested']} told expert ids alone. Record "
+                "with RecordPlan for it"
+            )
         if name not in found.sums:
             raise CorpusError(
                 f"{name!r} was not counted (stats={self.plan['stats']}); record again with it"
@@ -247,5 +315,7 @@ class RoutingStore:
                 f"domains: {', '.join(filter(None, one.shape.domains)) or 'none'}"
             )
         rows = self.plan["rows"]
+        if "ingested" in self.plan:
+            lines.append(f"  routed by {self.plan['ingested']}: expert ids alone")
         lines.append(f"  rows: {rows or 'none'}; counted: {', '.join(self.plan['stats'])}")
         return "\n".join(lines)
