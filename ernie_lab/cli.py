@@ -6,6 +6,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import get_args
 
 from ernie_lab.checkpoint import (
     CheckpointError,
@@ -16,6 +17,7 @@ from ernie_lab.checkpoint import (
     read_config_file,
 )
 from ernie_lab.checkpoint.config import ModelConfig
+from ernie_lab.checkpoint.quantise import Scheme
 from ernie_lab.corpus.folder import CorpusError
 from ernie_lab.lab import Lab
 from ernie_lab.organisms.builtin import BuiltinError
@@ -97,6 +99,7 @@ def _parser() -> argparse.ArgumentParser:
 def _add_loading(command: argparse.ArgumentParser) -> None:
     command.add_argument("--device", help="cpu, cuda, cuda:1 …")
     command.add_argument("--dtype", help="float32, bfloat16, float16")
+    command.add_argument("--quantize", choices=get_args(Scheme), help="weights in few bits")
     command.add_argument("--revision", help="branch, tag or commit on the hub")
     _add_ignore(command)
 
@@ -153,6 +156,7 @@ def _load(options: argparse.Namespace) -> Lab:
         options.source,
         device=options.device,
         dtype=options.dtype,
+        quantize=options.quantize,
         revision=options.revision,
         ignore=options.ignore,
     )

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import html
 from collections.abc import Mapping
+from typing import get_args
 
 import torch
 
 from ernie_lab.checkpoint import TextConfig, VLConfig, count_parameters, weight_bytes
+from ernie_lab.checkpoint.packing import held_bytes
+from ernie_lab.checkpoint.quantise import Scheme
 from ernie_lab.display import in_words
 from ernie_lab.session import Opened
 
@@ -29,6 +32,9 @@ def lab_facts(lab: Opened) -> dict[str, str]:
         "" if lab.tokenizer else " (no tokenizer: prompts are token ids)"
     )
     facts["weights"] = f"{str(lab.dtype).removeprefix('torch.')} on {lab.device}"
+    held = held_bytes(lab.model)
+    if held.scheme is not None:
+        facts["quantised"] = str(held)
     return facts
 
 
@@ -42,6 +48,11 @@ def config_facts(config: TextConfig | VLConfig) -> dict[str, str]:
             f"{in_words(weight_bytes(config, dtype))} as {str(dtype)[6:]}"
             for dtype in (torch.float32, torch.bfloat16)
         ),
+        "quantised": ", ".join(
+            f"{in_words(weight_bytes(config, torch.bfloat16, scheme))} as {scheme}"
+            for scheme in get_args(Scheme)
+        )
+        + ", the rest bfloat16",
         "layers": f"{decoder.n_layers} of width {decoder.width}, dense MLPs {decoder.dense_hidden}",
         "attention": _attention(decoder),
         "positions": f"{decoder.rope.max_positions:,}, theta {decoder.rope.theta:g}, "

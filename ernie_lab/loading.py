@@ -24,11 +24,13 @@ from ernie_lab.checkpoint import (
 )
 from ernie_lab.checkpoint.config_json import CONFIG_NAME
 from ernie_lab.checkpoint.hub import locate_config
+from ernie_lab.checkpoint.quantise import Quantisation, Scheme
 from ernie_lab.inference.defaults import read_defaults
 from ernie_lab.inputs import load_tokenizer, read_preprocessor
 from ernie_lab.inputs.visual_layout import PositionRule
 from ernie_lab.lab import Lab
 from ernie_lab.model.kinds import build
+from ernie_lab.model.quantised import quantise
 from ernie_lab.organisms.builtin import BUILTIN, builtin_path, unknown_name
 
 DTYPES = ("float32", "bfloat16", "float16", "float64")
@@ -39,6 +41,8 @@ def load(
     *,
     device: str | torch.device | None = None,
     dtype: str | torch.dtype | None = None,
+    quantize: Scheme | None = None,
+    quantize_also: Sequence[str] = (),
     revision: str | None = None,
     ignore: Sequence[str] = (),
     positions: PositionRule = "reference",
@@ -53,6 +57,12 @@ def load(
         dtype: of weights and activations. If absent the checkpoint's own: what config.json
             names, else what most of its bytes are stored in; float32 for built-in models, whose
             figures are given in it. Routers stay float32 at any dtype.
+        quantize: `"nf4"` (4.5 bits a weight; extra `quant`) or `"int8"`: hold the matrices of
+            attention, MLPs and experts in few bits, packed one by one as they are read. They
+            multiply as what the bits stand for, in `dtype`. Routers, norms, embeddings and the
+            unembedding stay as they are. Such a model is for recording and editing: gradients and
+            saving are refused. `lab.report.held` tells the bytes.
+        quantize_also: `"vision_tower"`, `"resampler"`, which stay as they are unless named.
         revision: branch, tag or commit on the hub; the commit is recorded with every result.
         ignore: names of config fields unknown to this package that you have checked to change
             nothing in the maths. Known fields at unsupported values stay refused.
@@ -68,12 +78,14 @@ def load(
         ConfigError: a config that this package cannot honour exactly.
         CheckpointError: tensors missing, left over, damaged, or with NaN.
         NotEnoughMemory: with the estimate, before anything is read.
+        ImportError: `quantize="nf4"` without bitsandbytes.
     """
     # What needs no model is settled before one is looked for, and perhaps downloaded.
     where = _device(device)
     given = _dtype(dtype)
     if given is None and dtype is not None:
         raise ValueError(f"dtype={dtype!r} must be one of {', '.join(DTYPES)}")
+    how = Quantisation.of(quantize, quantize_also)
     if positions not in get_args(PositionRule):
         raise ValueError(f'positions={positions!r} must be "reference" or "transformers"')
     located = locate_source(source, revision)
@@ -87,9 +99,9 @@ def load(
     is_builtin = source in BUILTIN
     reader = Reader.open(located.folder)
     kind = given or (torch.float32 if is_builtin else _own_dtype(located.folder, reader))
-    require_memory(config, kind, where)
+    require_memory(config, kind, where, quantize=how)
     with torch.device("meta"):
-        model = build(config)
+        model = build(config) if how is None else quantise(build(config), how)
     report = fill(
         model,
         reader,

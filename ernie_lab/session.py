@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from ernie_lab.checkpoint.config import DynamicScaling, ModelConfig
+from ernie_lab.checkpoint.packing import quantised_details
 from ernie_lab.inference.defaults import GenerationDefaults
 from ernie_lab.inference.forward import Forward
 from ernie_lab.inference.generate import LogitsProcessor, Settings, decode
@@ -182,6 +183,7 @@ def trace_of(
             seed=seed,
             keep=recorder.keep.description,
             edits=[repr(count.edit) for count in tap.counts],
+            **quantised_details(lab.model),
             **details,
         ),
     )

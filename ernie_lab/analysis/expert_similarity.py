@@ -51,15 +51,17 @@ def matched_neurons(
     pairs of Gaussian experts of this size, `chance_most` the largest of them.
     """
     _, bank_of = mixture(model, layer, bank)
-    numbers = _experts(experts, len(bank_of.down_EDF))
-    hidden, width = bank_of.gate_up_E2FD.shape[2:]
+    # Read once: a quantised bank dequantises its weights anew each time.
+    gate_up_E2FD, down_EDF = bank_of.gate_up_E2FD, bank_of.down_EDF
+    numbers = _experts(experts, len(down_EDF))
+    hidden, width = gate_up_E2FD.shape[2:]
     n_pairs = len(numbers) * (len(numbers) - 1) // 2
     if n_pairs * hidden**2 > _MOST_CELLS:
         raise ValueError(
             f"{n_pairs} pairs of experts with {hidden} neurons each take too long to match: "
             "narrow with experts=[…]"
         )
-    parts = {e: _neurons(bank_of.gate_up_E2FD[e], bank_of.down_EDF[e]) for e in numbers}
+    parts = {e: _neurons(gate_up_E2FD[e], down_EDF[e]) for e in numbers}
     values = np.eye(len(numbers))
     for a, b in combinations(range(len(numbers)), 2):
         values[a, b] = values[b, a] = _matched(parts[numbers[a]], parts[numbers[b]])
@@ -89,13 +91,14 @@ def expert_output_similarity(
     exists but 0: experts that share a mean output are alike for that alone.
     """
     _, bank_of = mixture(model, layer, bank)
-    x_ND = torch.as_tensor(np.array(states)).to(bank_of.down_EDF)
-    if x_ND.ndim != 2 or x_ND.shape[1] != bank_of.down_EDF.shape[1] or not len(x_ND):
+    down_EDF = bank_of.down_EDF
+    x_ND = torch.as_tensor(np.array(states)).to(down_EDF)
+    if x_ND.ndim != 2 or x_ND.shape[1] != down_EDF.shape[1] or not len(x_ND):
         raise ValueError(
-            f"states of shape {tuple(x_ND.shape)}; expected [n, {bank_of.down_EDF.shape[1]}], what "
+            f"states of shape {tuple(x_ND.shape)}; expected [n, {down_EDF.shape[1]}], what "
             f"experts of layer {layer} read: keep 'blocks.{layer}.moe.in'"
         )
-    total_EE = torch.zeros(2 * (len(bank_of.down_EDF),), dtype=torch.float64)
+    total_EE = torch.zeros(2 * (len(down_EDF),), dtype=torch.float64)
     for rows_ND in x_ND.split(_ROWS):
         total_EE += _output_cosines(bank_of, rows_ND)
     cosines = (total_EE / len(x_ND)).numpy()

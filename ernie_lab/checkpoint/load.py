@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -12,13 +13,20 @@ from torch import Tensor, nn
 from ernie_lab.checkpoint.errors import CheckpointError
 from ernie_lab.checkpoint.layout import Layout, Stored
 from ernie_lab.checkpoint.names import kind_of, stays_float32
+from ernie_lab.checkpoint.packing import PackedPlace, held_bytes, packed_parameters, packed_places
 from ernie_lab.checkpoint.progress import Progress, count_bytes
+from ernie_lab.checkpoint.quantise import HeldBytes
 from ernie_lab.checkpoint.reader import FLOATS, Reader
+
+Place: TypeAlias = Stored | PackedPlace
 
 
 @dataclass(frozen=True, slots=True)
 class LoadReport:
-    """What a load did. `unused` are keys of parts the model does not have (MTP heads)."""
+    """What a load did. `unused` are keys of parts the model does not have (MTP heads).
+
+    `n_bytes` were read; `held` are the bytes that the weights take now, quantised and not.
+    """
 
     layout: str
     n_tensors: int
@@ -26,6 +34,7 @@ class LoadReport:
     unused: tuple[str, ...]
     seconds_reading: float
     seconds_checking: float
+    held: HeldBytes | None = None
 
 
 @torch.no_grad()
@@ -43,7 +52,8 @@ def fill(
     Router weights and correction biases are created as fp32, whatever `dtype`. Names and
     shapes are settled before anything is allocated. Each stored tensor is then copied from the
     mapped file into its place in the parameter, experts into their rows of the stack, so memory
-    beside the weights stays at one tensor. After an error the module is unusable: build anew.
+    beside the weights stays at one tensor. Modules that hold weights in other bits (`Packs`) pack
+    each stored tensor as it is read. After an error the module is unusable: build anew.
 
     Raises:
         CheckpointError: weights of another kind of model; tensors missing, left over, of a wrong
@@ -51,7 +61,7 @@ def fill(
             differs from the first.
     """
     _require_kind(module, layout)
-    plan = _targets(dict(module.named_parameters()), layout, reader)
+    plan = _plan(module, dict(module.named_parameters()), layout, reader, dtype)
     unused = tuple(sorted(key for key in reader.tensors if layout.is_unused(key)))
     copies = {
         copy: of
@@ -60,11 +70,11 @@ def fill(
     }
     _check(plan, reader, passed_over={*unused, *copies})
     for name, buffer in module.named_buffers():
-        if buffer.is_meta:
+        if buffer.is_meta and name not in _packed_buffers(module):
             raise CheckpointError(f"buffer {name!r} is on the meta device and in no checkpoint")
 
     parameters = _allocate(module, torch.device(device), dtype)
-    targets = _targets(parameters, layout, reader)
+    targets = _plan(module, parameters, layout, reader, dtype)
     n_bytes = sum(reader.tensors[key].n_bytes for key in targets)
     started, checking = time.perf_counter(), 0.0
     with count_bytes(n_bytes, "loading weights", progress) as advance:
@@ -83,6 +93,7 @@ def fill(
         unused=unused,
         seconds_reading=time.perf_counter() - started - checking,
         seconds_checking=checking,
+        held=held_bytes(module),
     )
 
 
@@ -95,15 +106,34 @@ def _require_kind(module: nn.Module, layout: Layout) -> None:
         )
 
 
-def _targets(parameters: Mapping[str, Tensor], layout: Layout, reader: Reader) -> dict[str, Stored]:
+def _plan(
+    module: nn.Module,
+    parameters: Mapping[str, Tensor],
+    layout: Layout,
+    reader: Reader,
+    dtype: torch.dtype,
+) -> dict[str, Place]:
+    """Where every stored tensor goes, by key."""
     found = reader.tensors
-    return {
+    plain = {
         key: stored.fitted(found[key].shape) if key in found else stored
         for key, stored in layout.stored(parameters).items()
     }
+    return plain | dict(packed_places(module, layout, dtype))
 
 
-def _check(plan: Mapping[str, Stored], reader: Reader, passed_over: set[str]) -> None:
+def _packed_buffers(module: nn.Module) -> set[str]:
+    """Buffers that are filled with packed weights."""
+    packing = {id(packs) for _, packs in packed_parameters(module)}
+    return {
+        f"{path}.{name}"
+        for path, part in module.named_modules()
+        if id(part) in packing
+        for name, _ in part.named_buffers()
+    }
+
+
+def _check(plan: Mapping[str, Place], reader: Reader, passed_over: set[str]) -> None:
     stored = reader.tensors
     wrong_shape = [
         f"{key} is {list(stored[key].shape)}, expected {list(target.shape)} for "
@@ -152,6 +182,8 @@ def _allocate(
         owner, _, leaf = name.rpartition(".")
         module.get_submodule(owner).register_parameter(leaf, new)
         parameters[name] = new
+    for _, packs in packed_parameters(module):
+        packs.allocate(device, dtype)
     return parameters
 
 
@@ -163,7 +195,7 @@ def is_finite(x: Tensor) -> bool:
     return bool(torch.isfinite(low) & torch.isfinite(high))
 
 
-def _not_finite(key: str, target: Stored, reader: Reader) -> str:
+def _not_finite(key: str, target: Place, reader: Reader) -> str:
     stored, names = reader.read(key), " and ".join(target.names)
     if is_finite(stored):
         return (

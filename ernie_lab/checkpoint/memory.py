@@ -13,6 +13,8 @@ import torch
 from ernie_lab.checkpoint.config import ModelConfig, VLConfig
 from ernie_lab.checkpoint.errors import NotEnoughMemory
 from ernie_lab.checkpoint.names import stays_float32
+from ernie_lab.checkpoint.parts import part_of
+from ernie_lab.checkpoint.quantise import Quantisation, Scheme
 from ernie_lab.checkpoint.shapes import parameter_shapes
 from ernie_lab.display import in_words
 
@@ -45,7 +47,7 @@ def count_parameters(config: ModelConfig) -> ParameterCounts:
     """By the formulae of the shapes."""
     by_part: Counter[str] = Counter()
     for name, shape in parameter_shapes(config).items():
-        by_part[_part(name)] += math.prod(shape)
+        by_part[part_of(name)] += math.prod(shape)
     total, decoder = sum(by_part.values()), config.decoder
     idle = sum(by_part[part] for part in _NEVER_FOR_TEXT) if isinstance(config, VLConfig) else 0
     if decoder.moe is not None:
@@ -57,35 +59,24 @@ def count_parameters(config: ModelConfig) -> ParameterCounts:
 
 
 _NEVER_FOR_TEXT = ("vision_tower", "resampler", "vision_router", "vision_experts")
-# First match wins: a mark in a parameter's name, and the part it belongs to.
-_PARTS = (
-    ("resampler.", "resampler"),
-    (".moe.vision.router.", "vision_router"),
-    (".moe.vision.experts.", "vision_experts"),
-    (".moe.text.experts.", "text_experts"),
-    ("unembed", "unembed"),
-    ("embed", "embed"),
-    (".attn.", "attention"),
-    (".mlp.", "dense_mlp"),
-    (".router.", "router"),
-    (".experts.", "routed_experts"),
-    (".shared.", "shared_experts"),
-    ("gain_D", "norms"),
-)
 
 
-def _part(name: str) -> str:
-    if name.startswith("vision."):
-        return "vision_tower"
-    return next(part for mark, part in _PARTS if mark in name)
+def weight_bytes(
+    config: ModelConfig, dtype: torch.dtype, quantize: Quantisation | Scheme | None = None
+) -> int:
+    """Bytes of all weights at `dtype`, the routers' being fp32 at any dtype.
 
-
-def weight_bytes(config: ModelConfig, dtype: torch.dtype) -> int:
-    """Bytes of all weights at `dtype`, the routers' being fp32 at any dtype."""
-    return sum(
-        math.prod(shape) * (torch.float32 if stays_float32(name) else dtype).itemsize
-        for name, shape in parameter_shapes(config).items()
-    )
+    With `quantize`, of those it takes the codes and scales.
+    """
+    how = Quantisation(quantize) if isinstance(quantize, str) else quantize
+    total = 0
+    for name, shape in parameter_shapes(config).items():
+        if how is not None and how.takes(name, shape):
+            total += how.n_bytes(shape)
+        else:
+            kept = torch.float32 if stays_float32(name) else dtype
+            total += math.prod(shape) * kept.itemsize
+    return total
 
 
 def require_memory(
@@ -93,35 +84,51 @@ def require_memory(
     dtype: torch.dtype,
     device: torch.device | str,
     *,
+    quantize: Quantisation | Scheme | None = None,
     free: int | None = None,
 ) -> int:
     """The estimated bytes, or `NotEnoughMemory` where they exceed what the device has free.
 
-    The message says which smaller dtype would fit. `free` replaces the measured figure;
-    where it cannot be measured, nothing is refused.
+    The message says which smaller dtype, or which quantisation, would fit. `free` replaces the
+    measured figure; where it cannot be measured, nothing is refused.
     """
+    how = Quantisation(quantize) if isinstance(quantize, str) else quantize
     available = free_bytes(torch.device(device)) if free is None else free
-    needed = math.ceil(weight_bytes(config, dtype) * HEADROOM)
+    needed = math.ceil(weight_bytes(config, dtype, how) * HEADROOM)
     if available is None or needed <= available:
         return needed
-    fitting = ", ".join(_fitting(config, dtype, available))
+    fitting = ", ".join(_fitting(config, dtype, how, available))
     advice = (
         f"would fit: {fitting}"
         if fitting
-        else "no dtype would fit; take a larger device or a smaller model"
+        else "no dtype or quantisation would fit; take a larger device or a smaller model"
     )
+    held = _name(dtype) + (f" with quantize={how.scheme!r}" if how else "")
     raise NotEnoughMemory(
-        f"{count_parameters(config).total / 1e9:.1f} B parameters as {_name(dtype)} need about "
+        f"{count_parameters(config).total / 1e9:.1f} B parameters as {held} need about "
         f"{in_words(needed)} on {device} (weights and {HEADROOM - 1:.0%} room), "
         f"{in_words(available)} are free; {advice}"
     )
 
 
-def _fitting(config: ModelConfig, dtype: torch.dtype, available: int) -> Iterator[str]:
+def _fitting(
+    config: ModelConfig, dtype: torch.dtype, how: Quantisation | None, available: int
+) -> Iterator[str]:
+    """What would fit: smaller dtypes, then fewer bits, each with as little else as it needs."""
+
+    def fits(smaller: torch.dtype, other: Quantisation | None) -> bool:
+        return weight_bytes(config, smaller, other) * HEADROOM <= available
+
     for smaller in (torch.float32, torch.bfloat16):
-        fits = weight_bytes(config, smaller) * HEADROOM <= available
-        if smaller.itemsize < dtype.itemsize and fits:
+        if smaller.itemsize < dtype.itemsize and fits(smaller, how):
             yield f'dtype="{_name(smaller)}"'
+    schemes: dict[Scheme | None, tuple[Scheme, ...]] = {None: ("int8", "nf4"), "int8": ("nf4",)}
+    for scheme in schemes.get(how.scheme if how else None, ()):
+        other = Quantisation(scheme, how.also if how else ())
+        if fits(dtype, other):
+            yield f'quantize="{scheme}"'
+        elif fits(torch.bfloat16, other):
+            yield f'quantize="{scheme}" and dtype="bfloat16"'
 
 
 def free_bytes(device: torch.device) -> int | None:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path, PurePosixPath
 from types import MappingProxyType
-from typing import Any
+from typing import Any, Protocol, TypeAlias
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -36,6 +36,15 @@ FLOATS: Mapping[str, torch.dtype] = MappingProxyType(
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.pdparams")
 # The format's own limit; a longer header is not a header.
 _MAX_HEADER_BYTES = 100_000_000
+
+
+class Takes(Protocol):
+    """What a stored tensor can be copied into: a tensor, or something that packs it."""
+
+    def copy_(self, stored: Tensor, /) -> object: ...
+
+
+Destination: TypeAlias = Takes | tuple[Tensor, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,7 +86,7 @@ class Reader:
             return cls(read_header(found[0]))
         raise CheckpointError(_no_weights(folder, found))
 
-    def stream(self, destinations: Mapping[str, Tensor | tuple[Tensor, ...]]) -> Iterator[str]:
+    def stream(self, destinations: Mapping[str, Destination]) -> Iterator[str]:
         """Copy each tensor into its destination, yielding its key once it is there.
 
         The destination has the stored shape, or is a tuple of one tensor a row; dtype and device

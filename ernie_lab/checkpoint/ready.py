@@ -13,6 +13,7 @@ from ernie_lab.checkpoint.config_json import read_config_file
 from ernie_lab.checkpoint.errors import CheckpointError, ModelUnavailable
 from ernie_lab.checkpoint.hub import WANTED, locate
 from ernie_lab.checkpoint.memory import HEADROOM, free_bytes, weight_bytes
+from ernie_lab.checkpoint.quantise import Scheme
 from ernie_lab.checkpoint.reader import Reader
 from ernie_lab.display import in_words
 
@@ -72,6 +73,7 @@ def readiness(
     *,
     device: str | torch.device | None = None,
     dtype: torch.dtype = torch.bfloat16,
+    quantize: Scheme | None = None,
     cache_dir: str | Path | None = None,
 ) -> Readiness:
     """Look whether a folder, or the hub's cache, holds all of a model, and whether it would fit.
@@ -89,7 +91,7 @@ def readiness(
     needed, free = None, free_bytes(where)
     if folder is not None:
         try:
-            needed = _with_room(read_config_file(folder), dtype)
+            needed = _with_room(read_config_file(folder), dtype, quantize)
             Reader.open(folder)  # headers alone: is every file of weights there, and whole?
         except (ConfigError, CheckpointError) as error:
             obstacles.append(str(error))
@@ -98,7 +100,7 @@ def readiness(
     return Readiness(
         source=str(source),
         device=str(where),
-        dtype=str(dtype).removeprefix("torch."),
+        dtype=str(dtype).removeprefix("torch.") + (f", {quantize} weights" if quantize else ""),
         folder=folder,
         needed=needed,
         free=free,
@@ -106,8 +108,8 @@ def readiness(
     )
 
 
-def _with_room(config: ModelConfig, dtype: torch.dtype) -> int:
-    return int(weight_bytes(config, dtype) * HEADROOM)
+def _with_room(config: ModelConfig, dtype: torch.dtype, quantize: Scheme | None) -> int:
+    return int(weight_bytes(config, dtype, quantize) * HEADROOM)
 
 
 def _complete(source: str | Path, cache_dir: str | Path | None) -> Path:

@@ -17,6 +17,7 @@ from ernie_lab.checkpoint.config_json import CONFIG_NAME, Style, write_config
 from ernie_lab.checkpoint.errors import CheckpointError
 from ernie_lab.checkpoint.layout import Layout
 from ernie_lab.checkpoint.names import LAYOUTS, VL_LAYOUTS, stays_float32
+from ernie_lab.checkpoint.packing import held_bytes
 from ernie_lab.checkpoint.reader import INDEX_NAME, WEIGHTS_NAME
 
 # transformers opens only files that say which framework wrote them.
@@ -50,7 +51,7 @@ def save_model(
         ValueError: no such layout for this kind of model.
         FileExistsError: the folder exists and is not empty.
         ConfigError: the config cannot be said in the fields of that layout.
-        CheckpointError: a model without weights, or with weights of several dtypes.
+        CheckpointError: a model without weights, quantised, or with weights of several dtypes.
     """
     table = LAYOUTS if isinstance(config, TextConfig) else VL_LAYOUTS
     if layout not in table:
@@ -58,6 +59,12 @@ def save_model(
     target = Path(folder)
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise FileExistsError(f"{target} exists and is not empty; name a new folder or remove it")
+    if (scheme := held_bytes(model).scheme) is not None:
+        raise CheckpointError(
+            f"the model is quantised ({scheme}) and is not saved: a checkpoint would hold the "
+            "dequantised weights as if they were the original ones. Keep the checkpoint it was "
+            "loaded from, and load that with the same quantize="
+        )
     if any(parameter.is_meta for parameter in model.parameters()):
         raise CheckpointError("the model is on the meta device: there are no weights to save")
     style: Style = "released" if layout == "released" else "transformers"

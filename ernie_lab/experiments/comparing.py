@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from ernie_lab.checkpoint import TextConfig
+from ernie_lab.checkpoint.packing import quantised_details
 from ernie_lab.experiments.conditions import (
     Condition,
     Metrics,
@@ -210,6 +211,7 @@ def compared(
         dtype=str(lab.dtype).removeprefix("torch."),
         device=str(lab.device),
         seed=how.seed,
+        **quantised_details(lab.model),
         **details,
     )
     return _tables(measured, noisy, equivalents, layout, provenance, settings)

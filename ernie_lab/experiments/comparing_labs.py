@@ -8,6 +8,7 @@ from collections.abc import Hashable, Mapping, Sequence
 from typing import Any
 
 from ernie_lab.checkpoint import TextConfig
+from ernie_lab.checkpoint.packing import quantised_details
 from ernie_lab.experiments.comparing import SCHEMA, Settings, batch_tokens_for
 from ernie_lab.experiments.conditions import BatchRun, Metrics, Named, own_metrics
 from ernie_lab.experiments.lab_comparison import LabComparison
@@ -158,6 +159,9 @@ def _names(a: Lab, b: Lab) -> tuple[str, str]:
     if a.dtype != b.dtype:
         dtypes = [str(lab.dtype).removeprefix("torch.") for lab in (a, b)]
         return f"{a.model_id}, {dtypes[0]}", f"{b.model_id}, {dtypes[1]}"
+    schemes = [quantised_details(lab.model).get("quantize", "unquantised") for lab in (a, b)]
+    if schemes[0] != schemes[1]:
+        return f"{a.model_id}, {schemes[0]}", f"{b.model_id}, {schemes[1]}"
     return f"{a.model_id} (a)", f"{b.model_id} (b)"
 
 
@@ -249,4 +253,5 @@ def _provenance(lab: Lab, seed: int) -> Provenance:
         dtype=str(lab.dtype).removeprefix("torch."),
         device=str(lab.device),
         seed=seed,
+        **quantised_details(lab.model),
     )

@@ -16,6 +16,7 @@ from ernie_lab.inference.prefill import bound, prefill, prefill_step
 from ernie_lab.inputs.batch import Batch
 from ernie_lab.model.kinds import Model
 from ernie_lab.model.losses import IGNORED
+from ernie_lab.model.quantised import require_differentiable
 from ernie_lab.model.stack import Hidden
 from ernie_lab.model.text import TextModel
 from ernie_lab.sites import Tap, idle
@@ -58,6 +59,8 @@ def forward(
     """
     if logits not in ("all", "last", "loss"):
         raise ValueError(f'logits={logits!r} must be "all", "last" or "loss"')
+    if grad:
+        require_differentiable(model)
     tap = bound(tap, prefill_step(batch))
     with torch.set_grad_enabled(grad):
         hidden = prefill(model, batch, tap)

@@ -12,6 +12,7 @@ from torch import nn
 from ernie_lab.interventions.here import EditError
 from ernie_lab.interventions.parts import part_at
 from ernie_lab.interventions.values import Values
+from ernie_lab.model.quantised import named_weights
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -46,7 +47,7 @@ class Donor:
         tensors = {
             f"{path}.{name}": parameter.detach()
             for path, part in self.parts.items()
-            for name, parameter in part.named_parameters()
+            for name, parameter in named_weights(part)
         }
         return Values(tensors, self.name).sha256
 

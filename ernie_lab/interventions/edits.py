@@ -21,6 +21,7 @@ from ernie_lab.interventions.here import EditError, Here, Past
 from ernie_lab.interventions.parts import differ, part_at, with_parts
 from ernie_lab.interventions.protocol import Edit, Exchange, Narrowed, Reads
 from ernie_lab.model.kinds import Model
+from ernie_lab.model.quantised import named_weights
 from ernie_lab.sites import BindableTap, Idle, Site, Step, Tap, idle
 
 __all__ = [
@@ -248,7 +249,7 @@ def _with_parts_of(
 
 def _require_place(edit: Edit, path: str, own: nn.Module, part: nn.Module) -> None:
     """A donor's part must be on the same device, of the same dtype and width."""
-    mine, theirs = dict(own.named_parameters()), dict(part.named_parameters())
+    mine, theirs = dict(named_weights(own)), dict(named_weights(part))
     for name in mine.keys() & theirs.keys():
         for what in ("device", "dtype"):
             was, now = getattr(mine[name], what), getattr(theirs[name], what)

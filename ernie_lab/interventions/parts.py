@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ernie_lab.checkpoint.config import RouterConfig
+from ernie_lab.model.quantised import named_weights
 from ernie_lab.model.router import Router
 
 AnyModule = TypeVar("AnyModule", bound=nn.Module)
@@ -59,7 +60,7 @@ def differ(one: nn.Module, other: nn.Module) -> bool:
         return False
     if getattr(one, "config", None) != getattr(other, "config", None):
         return True
-    mine, theirs = dict(one.named_parameters()), dict(other.named_parameters())
+    mine, theirs = dict(named_weights(one)), dict(named_weights(other))
     if mine.keys() != theirs.keys():
         return True
     return any(not _equal(mine[name], theirs[name]) for name in mine)

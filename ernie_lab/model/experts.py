@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
 
 import torch
 from einops import rearrange
@@ -99,36 +100,50 @@ class ExpertBank(nn.Module):
         at: ExpertSites,
         tap: Tap = idle,
     ) -> Tensor:
-        k = expert_ids_NK.shape[-1]
-        rows = Dispatch.of(expert_ids_NK, len(self.down_EDF))
-        # Row // k is the row's token, so no copy of x per slot is ever made in token order.
-        x_JD = rearrange(x_ND, "... d -> (...) d").index_select(0, rows.order_J // k)
-        gate_up_J2F = grouped_linear(
-            x_JD, rearrange(self.gate_up_E2FD, "e two f d -> e (two f) d"), rows.counts
-        ).unflatten(-1, (2, -1))
-        gate_JF = rows.tap(tap, at.gate, gate_up_J2F[:, 0])
-        up_JF = rows.tap(tap, at.up, gate_up_J2F[:, 1])
-        act_JF = rows.tap(tap, at.act, silu(gate_JF) * up_JF)
-        out_NKD = rows.by_token(grouped_linear(act_JF, self.down_EDF, rows.counts))
-        if tap.wants(at.out):
-            out_NKD = tap(at.out, out_NKD)
-        slot_NKD = out_NKD * rearrange(expert_weights_NK, "... k -> ... k 1")
-        if tap.wants(at.slot_out):
-            slot_NKD = tap(at.slot_out, slot_NKD)
-        return slot_NKD.sum(-2)
+        # Unbound once: indexing per expert would make the backward pass add E full-sized gradients.
+        gate_up = rearrange(self.gate_up_E2FD, "e two f d -> e (two f) d").unbind()
+        down = self.down_EDF.unbind()
+        return run_experts(x_ND, expert_ids_NK, expert_weights_NK, gate_up, down, at, tap)
+
+
+@runtime_checkable
+class Matrices(Protocol):
+    """One matrix for each expert: a tuple, or what makes a matrix when it is asked for."""
+
+    def __len__(self) -> int: ...
+    def __getitem__(self, e: int, /) -> Tensor: ...
+
+
+def run_experts(
+    x_ND: Tensor,
+    expert_ids_NK: Tensor,
+    expert_weights_NK: Tensor,
+    gate_up: Matrices,
+    down: Matrices,
+    at: ExpertSites,
+    tap: Tap = idle,
+) -> Tensor:
+    """The forward of a bank. `gate_up[e]` is `[(2 f) d]`, `down[e]` is `[d f]`."""
+    k = expert_ids_NK.shape[-1]
+    rows = Dispatch.of(expert_ids_NK, len(down))
+    # Row // k is the row's token, so no copy of x per slot is ever made in token order.
+    x_JD = rearrange(x_ND, "... d -> (...) d").index_select(0, rows.order_J // k)
+    gate_up_J2F = grouped_linear(x_JD, gate_up, rows.counts).unflatten(-1, (2, -1))
+    gate_JF = rows.tap(tap, at.gate, gate_up_J2F[:, 0])
+    up_JF = rows.tap(tap, at.up, gate_up_J2F[:, 1])
+    act_JF = rows.tap(tap, at.act, silu(gate_JF) * up_JF)
+    out_NKD = rows.by_token(grouped_linear(act_JF, down, rows.counts))
+    if tap.wants(at.out):
+        out_NKD = tap(at.out, out_NKD)
+    slot_NKD = out_NKD * rearrange(expert_weights_NK, "... k -> ... k 1")
+    if tap.wants(at.slot_out):
+        slot_NKD = tap(at.slot_out, slot_NKD)
+    return slot_NKD.sum(-2)
 
 
 def grouped_linear(
-    x_JD: Float[Tensor, "j d"], weight_EFD: Float[Tensor, "e f d"], counts: list[int]
+    x_JD: Float[Tensor, "j d"], matrices: Matrices, counts: list[int]
 ) -> Float[Tensor, "j f"]:
-    """Rows sorted by expert, each times its expert's matrix: `[j d], [e f d] -> [j f]`.
-
-    `counts[e]` rows belong to expert e. The weights are unbound once: indexing them per
-    expert would make the backward pass add E full-sized gradients.
-    """
-    parts = [
-        linear(rows, matrix)
-        for rows, matrix in zip(x_JD.split(counts), weight_EFD.unbind(), strict=True)
-        if len(rows)
-    ]
-    return torch.cat(parts) if parts else x_JD.new_empty(0, weight_EFD.shape[1])
+    """Rows sorted by expert, each times its expert's `[f d]`; `counts[e]` rows are expert e's."""
+    parts = [linear(rows, matrices[e]) for e, rows in enumerate(x_JD.split(counts)) if len(rows)]
+    return torch.cat(parts) if parts else x_JD.new_empty(0, len(matrices[0]))

@@ -59,7 +59,9 @@ class Provenance:
         """The essentials, for a repr."""
         revision = f" @ {self.revision[:12]}" if self.revision else ""
         seed = "" if self.seed is None else f", seed {self.seed}"
-        return f"{self.model}{revision}, {self.dtype} on {self.device}{seed}"
+        scheme = self.details.get("quantize")
+        held = f" ({scheme} weights)" if scheme else ""
+        return f"{self.model}{revision}, {self.dtype}{held} on {self.device}{seed}"
 
 
 def library_versions() -> dict[str, str]:

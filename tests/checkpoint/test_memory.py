@@ -22,6 +22,7 @@ from ernie_lab.checkpoint.memory import (
     weight_bytes,
 )
 from ernie_lab.checkpoint.names import stays_float32
+from ernie_lab.checkpoint.quantise import Quantisation
 from ernie_lab.model.text import TextModel
 from ernie_lab.model.vl import VLModel
 
@@ -114,7 +115,9 @@ def test_vision_language_models_are_as_large_as_their_names() -> None:
 def test_memory_of_a_vision_language_model() -> None:
     config = read_config(VL_28B)
     assert require_memory(config, torch.bfloat16, "cpu", free=70 * GIB) > 29.4e9 * 2 * HEADROOM
-    with pytest.raises(NotEnoughMemory, match=r"29.4 B parameters as bfloat16 .* no dtype would"):
+    with pytest.raises(
+        NotEnoughMemory, match=r'29.4 B parameters as bfloat16 .*fit: quantize="int8"'
+    ):
         require_memory(config, torch.bfloat16, "cuda", free=48 * GIB)
 
 
@@ -127,8 +130,10 @@ def test_enough_memory_returns_the_estimate() -> None:
 @pytest.mark.parametrize(
     ("free", "fits", "does_not"),
     [
-        (60, ['would fit: dtype="bfloat16"'], ["no dtype"]),
-        (30, ["no dtype would fit; take a larger device"], ["bfloat16"]),
+        (60, ['would fit: dtype="bfloat16", quantize="int8", quantize="nf4"'], ["no dtype"]),
+        (25, ['would fit: quantize="int8", quantize="nf4"'], ["bfloat16"]),
+        (14, ['would fit: quantize="nf4" and dtype="bfloat16"'], ["int8", "no dtype"]),
+        (13, ["no dtype or quantisation would fit; take a larger device"], ["bfloat16", "="]),
     ],
 )
 def test_the_refusal_says_what_would_fit(free: int, fits: list[str], does_not: list[str]) -> None:
@@ -138,7 +143,37 @@ def test_the_refusal_says_what_would_fit(free: int, fits: list[str], does_not: l
     assert f"need about 96.0 GB on cuda (weights and 10% room), {free}.0 GB are free" in message
     advice = message.partition("; ")[2]
     assert all(word in advice for word in fits)
-    assert not any(word in advice for word in [*does_not, "quantize"])
+    assert not any(word in advice for word in does_not)
+
+
+def test_of_a_quantised_model_fewer_bits_are_advised_and_never_more() -> None:
+    config = config_of(TEXT_21B)
+    with pytest.raises(NotEnoughMemory, match=r"bfloat16 with quantize='int8' need.*") as caught:
+        require_memory(config, torch.bfloat16, "cuda", quantize="int8", free=20 * 10**9)
+    assert str(caught.value).endswith('would fit: quantize="nf4"')
+    with pytest.raises(NotEnoughMemory, match=r"no dtype or quantisation would fit"):
+        require_memory(config, torch.bfloat16, "cuda", quantize="nf4", free=10 * 10**9)
+
+
+def test_the_text_model_of_21_b_in_nf4_needs_at_most_14_gb() -> None:
+    """By hand: 21.556 B weights in 4 bits and a float32 for each 64, the rest as it is."""
+    config = config_of(TEXT_21B)
+    counts = count_parameters(config).by_part
+    quantised = sum(counts[p] for p in counts if p not in ("embed", "router", "norms"))
+    by_hand = quantised * (0.5 + 4 / 64) + 2 * (counts["embed"] + counts["norms"])
+    by_hand += 4 * counts["router"]
+    assert weight_bytes(config, torch.bfloat16, "nf4") == by_hand
+    assert by_hand == pytest.approx(12.67e9, rel=1e-3)
+    assert require_memory(config, torch.bfloat16, "cuda", quantize="nf4", free=14 * 10**9) < 14e9
+    assert weight_bytes(config, torch.bfloat16, "int8") == pytest.approx(22.14e9, rel=1e-3)
+
+
+def test_parts_on_request_are_counted() -> None:
+    config = read_config(VL_28B)
+    always = weight_bytes(config, torch.bfloat16, "nf4")
+    tower = weight_bytes(config, torch.bfloat16, Quantisation("nf4", ("vision_tower",)))
+    saved = count_parameters(config).by_part["vision_tower"] * (2 - 0.5625)
+    assert 0.99 * saved < always - tower < saved  # its norms, biases and patches stay
 
 
 def test_from_float64_both_smaller_dtypes_are_named() -> None:

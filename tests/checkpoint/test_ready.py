@@ -18,6 +18,15 @@ def test_a_folder_that_fits_is_ready():
     assert repr(found).endswith("ready") and "not ready" not in found._repr_html_()
 
 
+def test_a_quantised_model_needs_less() -> None:
+    folder = builtin_path("tiny-text")
+    plain = readiness(folder, device="cpu", dtype=torch.bfloat16)
+    nf4 = readiness(folder, device="cpu", dtype=torch.bfloat16, quantize="nf4")
+    assert nf4.needed is not None and plain.needed is not None
+    assert nf4.needed < 0.5 * plain.needed
+    assert "cpu, bfloat16, nf4 weights" in repr(nf4)
+
+
 def test_what_does_not_fit_is_told(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr("ernie_lab.checkpoint.ready.free_bytes", lambda _device: 1000)
     found = readiness(builtin_path("tiny-text"), device="cpu", dtype=torch.float32)

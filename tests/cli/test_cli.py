@@ -17,6 +17,7 @@ def test_info_lists_figures_and_sites(capsys: pytest.CaptureFixture[str]) -> Non
     assert "16 of width 64; 4 chosen, 2 shared" in out
     assert "in layers 1 to 5\n" in out
     assert "blocks.1.moe.router_logits" in out
+    assert "quantised     2.0 MB as nf4, 3.2 MB as int8, the rest bfloat16" in out
 
 
 @pytest.mark.parametrize(
@@ -72,6 +73,12 @@ def test_run_keeps_what_is_asked(tmp_path: Path) -> None:
     assert main([*arguments, "--keep", "blocks.2.attn.pattern"]) == 0
     assert "blocks.2.attn.pattern" in el.Trace.load(tmp_path / "trace").sites
     assert not (tmp_path / "report.html").exists()
+
+
+def test_run_quantised(tmp_path: Path) -> None:
+    arguments = ["run", "tiny-text", "And", "--out", str(tmp_path), "--quantize", "int8"]
+    assert main(arguments) == 0
+    assert el.Trace.load(tmp_path / "trace").provenance.details["quantize"] == "int8"
 
 
 def test_no_report_of_half_a_routing(tmp_path: Path) -> None:
