@@ -14,6 +14,7 @@ import numpy as np
 import pandas as pd
 from numpy.typing import ArrayLike, NDArray
 
+from ernie_lab.analysis.saturation import set_agreement
 from ernie_lab.analysis.token_groups import (
     By,
     Floats,
@@ -158,8 +159,7 @@ def set_flips(ids: ArrayLike, other: ArrayLike) -> Floats:
     mine, its = np.asarray(ids), np.asarray(other)
     if mine.shape != its.shape:
         raise ValueError(f"ids of shapes {mine.shape} and {its.shape}")
-    same = (mine[..., :, None] == its[..., None, :]).any(-1)
-    return np.asarray(1 - same.mean(-1))
+    return np.asarray(1 - set_agreement(mine, its))
 
 
 def _margins(margin: Any) -> Floats:

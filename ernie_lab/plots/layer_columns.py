@@ -8,7 +8,7 @@ from itertools import pairwise
 import numpy as np
 from matplotlib.axes import Axes
 
-from ernie_lab.plots.style import INK, PALE
+from ernie_lab.plots.style import INK, PALE, RULE
 from ernie_lab.plots.tokens import shortened
 
 MAX_LAYERS = 128
@@ -22,13 +22,18 @@ def width_of(n_layers: int, per_layer: float = 0.6) -> float:
 
 
 def layer_columns(ax: Axes, layers: Sequence[int], *, bands: bool = False) -> None:
-    """Column i is layer `layers[i]`; `bands` shades every other one, for several marks in each."""
+    """Column i is layer `layers[i]`, over a light grid of values.
+
+    `bands` shades every other column, for several marks in each.
+    """
     n = len(layers)
     step = 1 if n <= 32 else 4
     ax.set_xticks(range(0, n, step), [str(layer) for layer in layers[::step]])
     ax.set_xlim(-0.55, n - 0.45)
     ax.set_xlabel("layer")
     ax.tick_params(axis="x", length=0)
+    ax.grid(axis="y", color=RULE, lw=0.5)
+    ax.set_axisbelow(True)
     if bands:
         for column in range(1, n, 2):
             ax.axvspan(column - 0.5, column + 0.5, color=PALE, alpha=0.7, lw=0, zorder=0)

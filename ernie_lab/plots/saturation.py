@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 
 from ernie_lab.plots.given import require
 from ernie_lab.plots.layer_columns import layer_columns, names_at_the_end, width_of
-from ernie_lab.plots.style import INK, MARK, MUTED, PALE, RULE
+from ernie_lab.plots.style import INK, MARK, MUTED, PALE
 from ernie_lab.plots.view import Sheet, View
 
 if TYPE_CHECKING:
@@ -77,8 +77,6 @@ def plot_saturation(
         axes.text(0.01, uniform - 0.012, "uniform routing", va="top", **inside)
         layer_columns(axes, numbers)
         axes.set_ylim(0, 1.09)
-        axes.grid(axis="y", color=RULE, lw=0.5)
-        axes.set_axisbelow(True)
         axes.set_ylabel("share of chosen experts in common")
         return sheet.finish(
             title or "How early routers choose as they will in the end",

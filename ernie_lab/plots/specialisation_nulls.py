@@ -63,8 +63,6 @@ def plot_specialisation(
         _learned(axes, x, found, thick)
         layer_columns(axes, found.layers, bands=True)
         axes.axhline(0, color=RULE, lw=0.8, zorder=1)
-        axes.grid(axis="y", color=RULE, lw=0.5)
-        axes.set_axisbelow(True)
         axes.set_ylabel(f"bits between {found.subject}")
         _legend(axes, found)
         return sheet.finish(

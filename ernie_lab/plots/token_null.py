@@ -9,7 +9,7 @@ from matplotlib.axes import Axes
 
 from ernie_lab.plots.given import require
 from ernie_lab.plots.layer_columns import layer_columns, names_at_the_end, width_of
-from ernie_lab.plots.style import MUTED, OKABE_ITO, RULE
+from ernie_lab.plots.style import MUTED, OKABE_ITO
 from ernie_lab.plots.view import Sheet, View
 
 if TYPE_CHECKING:
@@ -62,8 +62,6 @@ def plot_token_null(
                   va="top", fontsize=7.5, color=MUTED)  # fmt: skip
         layer_columns(axes, numbers)
         axes.set_ylim(0, 1)
-        axes.grid(axis="y", color=RULE, lw=0.5)
-        axes.set_axisbelow(True)
         axes.set_ylabel("share of slots predicted right")
         return sheet.finish(
             title or "How much of the routing the token alone foretells",

@@ -7,14 +7,14 @@ from ernie_lab.widgets.routing import RoutingExplorer, explore_routing
 from ernie_lab.widgets.slides import Slides, explore
 
 __all__ = [
-    "AttentionExplorer",
     "AblationExplorer",
+    "AttentionExplorer",
+    "ImageExplorer",
+    "RoutingExplorer",
+    "Slides",
     "explore",
     "explore_ablation",
     "explore_attention",
     "explore_image",
     "explore_routing",
-    "ImageExplorer",
-    "RoutingExplorer",
-    "Slides",
 ]
