@@ -25,7 +25,7 @@ from ernie_lab.experiments.conditions import (
 from ernie_lab.experiments.measuring import Metric, routed_layers
 from ernie_lab.experiments.noise import Variant, sampled, variants
 from ernie_lab.experiments.parts import Parts
-from ernie_lab.experiments.passages import Continuations, Passages, Rows
+from ernie_lab.experiments.passages import Continuations, Passages, Rows, require_lab
 from ernie_lab.experiments.work import Work
 from ernie_lab.inputs import Prompt
 from ernie_lab.inputs.visual_layout import BANKS
@@ -122,6 +122,7 @@ def compare(
 
     Warns `EditChangedNothingWarning` about edits that changed nothing in the whole comparison.
     """
+    require_lab(lab)
     named = named_conditions(conditions, controls or {})
     own = own_metrics(metrics)
     metric_names(own)

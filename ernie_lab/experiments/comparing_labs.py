@@ -15,7 +15,7 @@ from ernie_lab.experiments.lab_comparison import LabComparison
 from ernie_lab.experiments.measuring import Metric, Outcome, observe, routed_layers
 from ernie_lab.experiments.noise import sampled, variants
 from ernie_lab.experiments.parts import Parts
-from ernie_lab.experiments.passages import Continuations, Passages, Rows
+from ernie_lab.experiments.passages import Continuations, Passages, Rows, require_lab
 from ernie_lab.experiments.work import Work
 from ernie_lab.inputs import Prompt
 from ernie_lab.inputs.visual_layout import BANKS
@@ -76,6 +76,7 @@ def compare_labs(
     Raises:
         ValueError: other token ids, or other vocabularies.
     """
+    require_lab(a, b)
     own = own_metrics(metrics)
     metric_names(own)
     mine, theirs = (

@@ -18,7 +18,7 @@ from ernie_lab.display import ranges
 from ernie_lab.experiments.comparing import Settings, compared, warn_if_idle
 from ernie_lab.experiments.conditions import BatchRun, Named, check_sites
 from ernie_lab.experiments.measuring import Array, routed_layers
-from ernie_lab.experiments.passages import Continuations, Passages, Rows
+from ernie_lab.experiments.passages import Continuations, Passages, Rows, require_lab
 from ernie_lab.inputs import Prompt
 from ernie_lab.interventions import Edit, routing
 from ernie_lab.interventions.bootstrap import draws_of, estimate
@@ -125,6 +125,7 @@ def effects(
 
     The other arguments are those of `compare`.
     """
+    require_lab(lab)
     given = as_edits(edits)
     if not given:
         raise ValueError("edits= is empty: there is no effect of nothing; give el.shared.zero(3)")

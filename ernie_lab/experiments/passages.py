@@ -155,6 +155,14 @@ class Passages:
         return [0, *np.cumsum([len(passage.ids) for passage in self.all])[:-1].tolist()]
 
 
+def require_lab(*labs: object) -> None:
+    """Raise for what is given in the place of a lab, such as its name."""
+    for given in labs:
+        if not isinstance(given, Lab):
+            known = f"el.load({given!r})" if isinstance(given, str) else "what el.load returns"
+            raise TypeError(f"{given!r} is a {type(given).__name__}, expected a Lab: {known}")
+
+
 def _refuse_beside(**given: Any) -> None:
     if there := [name for name, value in given.items() if value is not None]:
         raise ValueError(

@@ -80,6 +80,11 @@ class Text:
 
     @classmethod
     def read(cls, lab: Runs, prompt: Any, **options: Any) -> Text:
+        if not hasattr(lab, "run"):
+            raise TypeError(
+                f"{lab!r} is a {type(lab).__name__}, expected a lab: "
+                + (f"el.load({lab!r})" if isinstance(lab, str) else "what el.load returns")
+            )
         given = {name: value for name, value in options.items() if value is not None}
         base = lab.run(prompt, keep="routing", **given)
         if len(base.batch.lengths) != 1:

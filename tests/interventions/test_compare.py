@@ -396,3 +396,14 @@ def test_a_dense_model(tmp_path: Path) -> None:
     again = Comparison.load(found.save(tmp_path / "dense"))
     assert again.routing.empty
     assert repr(again) == repr(found)
+
+
+def test_a_name_is_no_lab() -> None:
+    with pytest.raises(TypeError, match=r"expected a Lab: el\.load\('tiny-text'\)"):
+        el.compare("tiny-text", ["a"], {"x": el.shared.zero()})
+    with pytest.raises(TypeError, match=r"el\.load\('tiny-text'\)"):
+        el.compare_labs("tiny-text", "tiny-text", ["a"])
+    with pytest.raises(TypeError, match=r"el\.load\('tiny-text'\)"):
+        el.effects("tiny-text", ["a"], edits=el.shared.zero())
+    with pytest.raises(TypeError, match=r"el\.load\('tiny-text'\)"):
+        el.widgets.explore_ablation("tiny-text", "a")
