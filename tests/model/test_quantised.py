@@ -317,6 +317,16 @@ def test_edits_work_on_a_quantised_model() -> None:
     assert lab.generate(TEXT, max_new_tokens=3, temperature=0, edits=el.shared.swap(2, 4)).texts
 
 
+def test_what_reads_weights_reads_the_dequantised_ones() -> None:
+    lab = opened("nf4")
+    twin = plain_twin(lab)
+    site = "blocks.2.attn.result"
+    results = [np.asarray(one.run(TEXT, keep=site).trace[site]) for one in (lab, twin)]
+    np.testing.assert_allclose(*results, atol=1e-5)
+    alike = [el.analysis.matched_neurons(one, 3, experts=[0, 1, 2]) for one in (lab, twin)]
+    np.testing.assert_allclose(*alike, atol=1e-6)
+
+
 def test_a_transplant_between_quantised_and_plain_models() -> None:
     plain, int8, nf4 = opened(), opened("int8"), opened("nf4")
     base = int8.run(TEXT).logits
