@@ -141,9 +141,12 @@ def test_recording_changes_nothing_bit_for_bit(inputs: Inputs) -> None:
 def test_an_identity_edit_changes_nothing(model: VLModel, single: Inputs) -> None:
     """A clone goes the explicit way; `EditTap` hands on the original, and no bit changes."""
     plain, sites = run(model, single), all_sites(model)
+    # The explicit formula of the tower's attention rounds otherwise than the fused kernel, by
+    # how much depends on the processor: 1e-5 of the largest logit, not of each.
+    close = CLOSE | {"atol": 1e-5 * float(plain.abs().max())}
     for site in sites:
         out = run(model, single, Replace(site.path, torch.clone, Collect(cheap)))
-        torch.testing.assert_close(out, plain, **CLOSE, msg=site.path)
+        torch.testing.assert_close(out, plain, **close, msg=site.path)
     edits = EditTap.of([edit(site.path, lambda x: x * 1) for site in sites], sites)
     assert torch.equal(run(model, single, edits), plain)
     assert {(count.n_fired, count.n_changed) for count in edits.counts} == {(1, 0)}
