@@ -24,6 +24,7 @@ PICKED = {
     "07_specialisation": "What an expert tells of the domain",
     "08_attention": "Second copies, one head cut at a time",
     "09_on_your_gpu": "Shared and routed experts off, layer by layer",
+    "10_corpus": "Layer 3: which experts each domain goes to",
 }
 
 
