@@ -221,6 +221,8 @@ class RoutingStore:
         """
         import xarray as xr
 
+        if of not in ("entropy", "margin"):
+            raise ValueError(f"of={of!r} must be 'entropy' or 'margin'")
         found = self.statistics(bank)
         values = self._sum(found, of)
         n_bins = values.shape[-1]

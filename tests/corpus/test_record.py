@@ -271,6 +271,8 @@ def test_analysis_takes_a_sample_and_counts(lab, tmp_path) -> None:
     assert (
         store.histogram("entropy").sum("bin").sum("domain") == store.statistics().n_tokens
     ).all()
+    with pytest.raises(ValueError, match="of='entrop' must be"):
+        store.histogram("entrop")
     with pytest.raises(CorpusError, match="has no logits"):
         _ = store.sample(5).router_logits
 
