@@ -10,7 +10,7 @@ and they follow from the rotated queries and keys: two sites that grow with the 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -81,19 +81,21 @@ def attention_summary(
         raise ValueError(f"top={top}: sequence {kept.sequence} has {n_keys} keys")
     names, member_TC = _members(kept, groups)
     edges = distance_edges(n_keys) if histogram else []
-    found: dict[str, list[Tensor]] = {}
-    for block in blocks(kept.q_SHA, kept.k_TGA, kept.pos_S, block_bytes):
-        seen_TC = member_TC[: block.k_GTA.shape[1]]
-        for name, values in block.reduced(seen_TC, top, edges).items():
-            found.setdefault(name, []).append(values.cpu())
+    found = _joined(
+        len(kept.pos_S),
+        (
+            block.reduced(member_TC[: block.k_GTA.shape[1]], top, edges)
+            for block in blocks(kept.q_SHA, kept.k_TGA, kept.pos_S, block_bytes)
+        ),
+    )
     if not names:
         del found["mass"]
     last = {"group": names, "rank": list(range(top)), "bin": edges}
     arrays = {}
-    for name, parts in found.items():
+    for name, values in found.items():
         axes = [_LAST_AXIS[name]] if name in _LAST_AXIS else []
         coords = kept.coords | {axis: last[axis] for axis in axes}
-        arrays[name] = labelled(torch.cat(parts, dim=1), ("head", "query", *axes), coords, name)
+        arrays[name] = labelled(values, ("head", "query", *axes), coords, name)
     return xr.Dataset(arrays, attrs={"layer": kept.layer, "sequence": kept.sequence})
 
 
@@ -112,12 +114,33 @@ def attention_rows(
     """
     kept = _kept(trace, layer, sequence, queries)
     n_keys = len(kept.k_TGA)
-    rows = [
-        block.pattern().cpu() for block in blocks(kept.q_SHA, kept.k_TGA, kept.pos_S, block_bytes)
-    ]
-    pattern_HST = torch.cat([pad(row, (0, n_keys - row.shape[-1])) for row in rows], dim=1)
+    rows = (
+        {"pattern": pad(block.pattern(), (0, n_keys - block.k_GTA.shape[1]))}
+        for block in blocks(kept.q_SHA, kept.k_TGA, kept.pos_S, block_bytes)
+    )
+    pattern_HST = _joined(len(kept.pos_S), rows)["pattern"]
     coords = kept.coords | token_coords(kept.keys, "key", "key_")
     return labelled(pattern_HST, ("head", "query", "key"), coords, "pattern")
+
+
+def _joined(n_queries: int, parts: Iterable[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """The blocks' values `[h s …]` side by side, on the CPU.
+
+    They are written into place: results kept one by one between the large buffers of the blocks
+    would leave holes that no later, larger buffer fits into, and memory would grow without end.
+    """
+    found: dict[str, Tensor] = {}
+    done = 0
+    for part in parts:
+        n = 0
+        for name, values in part.items():
+            n = values.shape[1]
+            if name not in found:
+                size = (len(values), n_queries, *values.shape[2:])
+                found[name] = torch.empty(size, dtype=values.dtype)
+            found[name][:, done : done + n] = values
+        done += n
+    return found
 
 
 @dataclass(frozen=True, slots=True, eq=False)
