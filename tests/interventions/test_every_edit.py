@@ -12,8 +12,7 @@ from ernie_lab.interventions import Edit, at
 from ernie_lab.interventions import catalogue as edits
 from ernie_lab.lab import Lab
 
-# Other kernels on other machines: 4.8e-5 was seen where values reach 24.
-CLOSE = {"atol": 1e-4, "rtol": 1e-4}
+CLOSE = {"atol": 2e-5, "rtol": 1e-4}
 LAB, VL = labs.lab(), labs.vl_lab()
 TEXT, VISUAL = labs.text_edits(LAB), labs.vl_edits(VL)
 # What depends on the batch by its nature: recorded rows are told by their sequence.
@@ -87,7 +86,11 @@ def same_routing(one: Any, other: Any, lab: Lab) -> None:
         if path.endswith("expert_ids"):
             assert torch.equal(one.tensor(path), other.tensor(path)), path
         else:
-            torch.testing.assert_close(one.tensor(path), other.tensor(path), **CLOSE)
+            # Rounding is of the size of the largest number: 4.8e-5 was seen where these reach 24.
+            found = one.tensor(path)
+            largest = float(found.abs().max()) if found.numel() else 0.0
+            atol = max(CLOSE["atol"], 4e-6 * largest)
+            torch.testing.assert_close(found, other.tensor(path), **CLOSE | {"atol": atol})
 
 
 @pytest.mark.parametrize("name", [n for n in TEXT if n not in OF_SEQUENCES])
