@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -69,14 +69,18 @@ def weight_bytes(
     With `quantize`, of those it takes the codes and scales.
     """
     how = Quantisation(quantize) if isinstance(quantize, str) else quantize
-    total = 0
-    for name, shape in parameter_shapes(config).items():
-        if how is not None and how.takes(name, shape):
-            total += how.n_bytes(shape)
-        else:
-            kept = torch.float32 if stays_float32(name) else dtype
-            total += math.prod(shape) * kept.itemsize
-    return total
+    shapes = parameter_shapes(config)
+    return sum(parameter_bytes(name, shape, dtype, how) for name, shape in shapes.items())
+
+
+def parameter_bytes(
+    name: str, shape: Sequence[int], dtype: torch.dtype, how: Quantisation | None = None
+) -> int:
+    """Of one parameter, or of the piece of it that has this shape."""
+    if how is not None and how.takes(name, shape):
+        return how.n_bytes(shape)
+    kept = torch.float32 if stays_float32(name) else dtype
+    return math.prod(shape) * kept.itemsize
 
 
 def require_memory(
