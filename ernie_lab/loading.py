@@ -24,6 +24,7 @@ from ernie_lab.checkpoint import (
 )
 from ernie_lab.checkpoint.config_json import CONFIG_NAME
 from ernie_lab.checkpoint.hub import locate_config
+from ernie_lab.checkpoint.load import Devices
 from ernie_lab.checkpoint.quantise import Quantisation, Scheme
 from ernie_lab.inference.defaults import read_defaults
 from ernie_lab.inputs import load_tokenizer, read_preprocessor
@@ -32,6 +33,8 @@ from ernie_lab.lab import Lab
 from ernie_lab.model.kinds import build
 from ernie_lab.model.quantised import quantise
 from ernie_lab.organisms.builtin import BUILTIN, builtin_path, unknown_name
+from ernie_lab.parallel.auto import local_rooms, plan_layers
+from ernie_lab.parallel.placement import read_placement
 
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 
@@ -46,6 +49,7 @@ def load(
     revision: str | None = None,
     ignore: Sequence[str] = (),
     positions: PositionRule = "reference",
+    placement: str | None = None,
     progress: bool = True,
 ) -> Lab:
     """Open a model.
@@ -68,6 +72,9 @@ def load(
             nothing in the maths. Known fields at unsupported values stay refused.
         positions: of text after pictures. `"transformers"` follows its rule, which differs from
             the reference's for clips that are longer than wide.
+        placement: for models larger than one device. `"auto"`: whole layers over the GPUs of this
+            machine and its memory, as much as fits on each in turn. The same sites, edits and
+            results; the lab prints which layer is where.
         progress: show a bar while reading.
 
     Raises:
@@ -81,6 +88,9 @@ def load(
         ImportError: `quantize="nf4"` without bitsandbytes.
     """
     # What needs no model is settled before one is looked for, and perhaps downloaded.
+    placed = read_placement(placement)
+    if placed is not None and placed.kind == "auto" and device is not None:
+        raise ValueError(f'placement="auto" chooses devices; leave device={str(device)!r} out')
     where = _device(device)
     given = _dtype(dtype)
     if given is None and dtype is not None:
@@ -99,17 +109,15 @@ def load(
     is_builtin = source in BUILTIN
     reader = Reader.open(located.folder)
     kind = given or (torch.float32 if is_builtin else _own_dtype(located.folder, reader))
-    require_memory(config, kind, where, quantize=how)
+    devices: Devices = where
+    if placed is None:
+        require_memory(config, kind, where, quantize=how)
+    else:
+        devices = plan_layers(config, kind, local_rooms(), how).device_of
     with torch.device("meta"):
         model = build(config) if how is None else quantise(build(config), how)
-    report = fill(
-        model,
-        reader,
-        detect(reader.tensors.keys()),
-        device=where,
-        dtype=kind,
-        progress=progress and not is_builtin,
-    )
+    layout, shown = detect(reader.tensors.keys()), progress and not is_builtin
+    report = fill(model, reader, layout, device=devices, dtype=kind, progress=shown)
     return Lab(
         model=model.eval(),
         tokenizer=load_tokenizer(located.folder),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TypeAlias
 
@@ -17,8 +17,11 @@ from ernie_lab.checkpoint.packing import PackedPlace, held_bytes, packed_paramet
 from ernie_lab.checkpoint.progress import Progress, count_bytes
 from ernie_lab.checkpoint.quantise import HeldBytes
 from ernie_lab.checkpoint.reader import FLOATS, Reader
+from ernie_lab.checkpoint.slices import SlicedPlace, sliced_parameters, sliced_places
 
-Place: TypeAlias = Stored | PackedPlace
+Place: TypeAlias = Stored | PackedPlace | SlicedPlace
+# One for all, or the device of each parameter, told by its name.
+Devices: TypeAlias = torch.device | str | Callable[[str], torch.device]
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,17 +46,23 @@ def fill(
     reader: Reader,
     layout: Layout,
     *,
-    device: torch.device | str,
+    device: Devices,
     dtype: torch.dtype,
     progress: Progress = True,
+    leave: Collection[str] = (),
 ) -> LoadReport:
     """Give a module that was built on the meta device its weights, at `device` and `dtype`.
+
+    The parameters named in `leave` are checked against the checkpoint as all others, but not
+    read: they stay on the meta device, and no product may use them there (see `on_disk`).
 
     Router weights and correction biases are created as fp32, whatever `dtype`. Names and
     shapes are settled before anything is allocated. Each stored tensor is then copied from the
     mapped file into its place in the parameter, experts into their rows of the stack, so memory
     beside the weights stays at one tensor. Modules that hold weights in other bits (`Packs`) pack
     each stored tensor as it is read. After an error the module is unusable: build anew.
+
+    Of what the module holds a slice of (`Sliced`) only that is read; the rest is checked alike.
 
     Raises:
         CheckpointError: weights of another kind of model; tensors missing, left over, of a wrong
@@ -73,19 +82,22 @@ def fill(
         if buffer.is_meta and name not in _packed_buffers(module):
             raise CheckpointError(f"buffer {name!r} is on the meta device and in no checkpoint")
 
-    parameters = _allocate(module, torch.device(device), dtype)
-    targets = _plan(module, parameters, layout, reader, dtype)
-    n_bytes = sum(reader.tensors[key].n_bytes for key in targets)
+    parameters = _allocate(module, device, dtype, leave)
+    targets = {
+        key: place
+        for key, place in _plan(module, parameters, layout, reader, dtype).items()
+        if not any(view.is_meta for view in place.views)  # what other ranks hold
+    }
+    sizes = {key: _bytes_read(place, reader.tensors[key].n_bytes) for key, place in targets.items()}
+    n_bytes = sum(sizes.values())
     started, checking = time.perf_counter(), 0.0
     with count_bytes(n_bytes, "loading weights", progress) as advance:
-        for key in reader.stream({key: target.destination for key, target in targets.items()}):
-            before = time.perf_counter()
-            if not all(map(is_finite, targets[key].views)):
-                raise CheckpointError(_not_finite(key, targets[key], reader))
-            checking += time.perf_counter() - before
-            advance(reader.tensors[key].n_bytes)
+        for key, seconds in _read(targets, reader):
+            checking += seconds
+            advance(sizes[key])
     for copy, of in copies.items():
-        _check_copy(copy, of, reader)
+        if of in targets:
+            _check_copy(copy, of, reader)
     return LoadReport(
         layout=layout.name,
         n_tensors=len(targets),
@@ -95,6 +107,46 @@ def fill(
         seconds_checking=checking,
         held=held_bytes(module),
     )
+
+
+@torch.no_grad()
+def read_tensors(
+    shapes: Mapping[str, tuple[int, ...]],
+    reader: Reader,
+    layout: Layout,
+    *,
+    device: torch.device,
+    dtype: torch.dtype,
+    stopped: Callable[[], bool] = lambda: False,
+) -> dict[str, Tensor]:
+    """Parameters of ours by name, as `fill` reads them. `stopped` is asked after each tensor.
+
+    Raises:
+        CheckpointError: a NaN or an infinite value.
+        InterruptedError: it was stopped.
+    """
+    tensors = {
+        name: torch.empty(shape, dtype=kept_dtype(name, dtype), device=device)
+        for name, shape in shapes.items()
+    }
+    for _ in _read(_plain(tensors, layout, reader), reader):
+        if stopped():
+            raise InterruptedError("reading weights was stopped")
+    return tensors
+
+
+def kept_dtype(name: str, dtype: torch.dtype) -> torch.dtype:
+    """Of the parameter of this name in a model of this dtype."""
+    return torch.float32 if stays_float32(name) else dtype
+
+
+def _read(targets: Mapping[str, Place], reader: Reader) -> Iterator[tuple[str, float]]:
+    """Each key once its tensor is in its place and found finite; the seconds that this took."""
+    for key in reader.stream({key: target.destination for key, target in targets.items()}):
+        before = time.perf_counter()
+        if not all(map(is_finite, targets[key].views)):
+            raise CheckpointError(_not_finite(key, targets[key], reader))
+        yield key, time.perf_counter() - before
 
 
 def _require_kind(module: nn.Module, layout: Layout) -> None:
@@ -114,12 +166,25 @@ def _plan(
     dtype: torch.dtype,
 ) -> dict[str, Place]:
     """Where every stored tensor goes, by key."""
+    sliced = sliced_parameters(module)
+    whole = {name: parameter for name, parameter in parameters.items() if name not in sliced}
+    return {
+        **_plain(whole, layout, reader),
+        **dict(sliced_places(sliced, parameters, layout)),
+        **dict(packed_places(module, layout, dtype)),
+    }
+
+
+def _bytes_read(place: Place, n_bytes: int) -> int:
+    return place.read_of(n_bytes) if isinstance(place, SlicedPlace) else n_bytes
+
+
+def _plain(parameters: Mapping[str, Tensor], layout: Layout, reader: Reader) -> dict[str, Stored]:
     found = reader.tensors
-    plain = {
+    return {
         key: stored.fitted(found[key].shape) if key in found else stored
         for key, stored in layout.stored(parameters).items()
     }
-    return plain | dict(packed_places(module, layout, dtype))
 
 
 def _packed_buffers(module: nn.Module) -> set[str]:
@@ -171,19 +236,21 @@ def _listed(what: str, items: list[str]) -> str:
 
 
 def _allocate(
-    module: nn.Module, device: torch.device, dtype: torch.dtype
+    module: nn.Module, device: Devices, dtype: torch.dtype, leave: Collection[str]
 ) -> dict[str, nn.Parameter]:
-    """Put an unfilled parameter in place of each one of the module."""
+    """Put an unfilled parameter in place of each one of the module, but for those to leave."""
+    at = device if callable(device) else lambda _: torch.device(device)
     parameters = {}
     for name, old in list(module.named_parameters()):
-        kept = torch.float32 if stays_float32(name) else dtype
-        empty = torch.empty(old.shape, dtype=kept, device=device)
+        if name in leave:
+            continue
+        empty = torch.empty(old.shape, dtype=kept_dtype(name, dtype), device=at(name))
         new = nn.Parameter(empty, requires_grad=old.requires_grad)
         owner, _, leaf = name.rpartition(".")
         module.get_submodule(owner).register_parameter(leaf, new)
         parameters[name] = new
-    for _, packs in packed_parameters(module):
-        packs.allocate(device, dtype)
+    for name, packs in packed_parameters(module):
+        packs.allocate(at(name), dtype)
     return parameters
 
 

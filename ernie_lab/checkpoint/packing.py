@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ernie_lab.checkpoint.layout import Layout, Piece
+from ernie_lab.checkpoint.on_disk import OnDisk
 from ernie_lab.checkpoint.parts import part_of
 from ernie_lab.checkpoint.quantise import HeldBytes, Scheme
 
@@ -49,7 +50,7 @@ def packed_parameters(module: nn.Module) -> Iterator[tuple[str, Packs]]:
 
 
 def held_bytes(module: nn.Module) -> HeldBytes:
-    """What the weights of a model take, by part."""
+    """What the weights of a model take in memory, by part."""
     packed: Counter[str] = Counter()
     kept: Counter[str] = Counter()
     scheme: Scheme | None = None
@@ -57,7 +58,8 @@ def held_bytes(module: nn.Module) -> HeldBytes:
         packed[part_of(name)] += part.n_bytes
         scheme = part.scheme
     for name, parameter in module.named_parameters():
-        kept[part_of(name)] += parameter.nbytes
+        if not isinstance(parameter, OnDisk):
+            kept[part_of(name)] += parameter.nbytes
     return HeldBytes(scheme, dict(packed), dict(kept))
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -13,6 +13,7 @@ from ernie_lab.model.banks import BankRows
 from ernie_lab.model.block import Block
 from ernie_lab.model.cache import KVCache
 from ernie_lab.model.losses import pooled_switch_loss, unbiased_choice
+from ernie_lab.model.placed import device_of, in_turn, moved
 from ernie_lab.model.rope import Rotation
 from ernie_lab.model.router import Routing
 from ernie_lab.sites import Tap
@@ -90,7 +91,7 @@ class Hidden:
 
 
 def run_blocks(
-    blocks: Iterable[Block],
+    blocks: Sequence[Block],
     resid_BSD: Tensor,
     rope: Rotation,
     visible_BST: Tensor | None,
@@ -98,13 +99,21 @@ def run_blocks(
     cache: KVCache | None,
     tap: Tap,
 ) -> tuple[Tensor, dict[str, tuple[Routing, ...]]]:
-    """The residual stream after the last block, and the routing of each bank by layer."""
+    """The residual stream after the last block, and the routing of each bank by layer.
+
+    Values go to the device of each block's weights; what is returned lies where the stream began.
+    """
     routings: dict[str, list[Routing]] = {}
-    for block in blocks:
-        resid_BSD, chosen = block(resid_BSD, rope, visible_BST, banks, cache, tap)
-        for bank, routing in chosen.items():
-            routings.setdefault(bank, []).append(routing)
-    return resid_BSD, {bank: tuple(layers) for bank, layers in routings.items()}
+    home, given = resid_BSD.device, (rope, visible_BST, banks)
+    with in_turn(blocks) as turns:
+        for block in turns:
+            if (there := device_of(block)) != resid_BSD.device:
+                resid_BSD, given = moved(resid_BSD, there), moved(given, there)
+            resid_BSD, chosen = block(resid_BSD, *given, cache, tap)
+            for bank, routing in chosen.items():
+                routings.setdefault(bank, []).append(moved(routing, home))
+    found = {bank: tuple(layers) for bank, layers in routings.items()}
+    return moved(resid_BSD, home), found
 
 
 def cache_for(past: KVCache | None, use_cache: bool, n_layers: int) -> KVCache | None:

@@ -35,6 +35,7 @@ COMPOSERS = (
     "experiments",
     "corpus",
     "organisms",
+    "parallel",
     "cli",
     "demo",
     "__init__",

@@ -1,0 +1,1 @@
+"""Models larger than one device: layers over devices, layers from disk, experts over ranks."""
