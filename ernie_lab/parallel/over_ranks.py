@@ -1,0 +1,105 @@
+"""`load(placement="ep:N")`: the experts of a model over N ranks."""
+
+from __future__ import annotations
+
+import sys
+import weakref
+from collections.abc import Sequence
+from itertools import count
+from pathlib import Path
+
+import torch
+
+from ernie_lab.checkpoint import LoadReport, Reader, detect, fill
+from ernie_lab.checkpoint.config import ModelConfig
+from ernie_lab.model.kinds import Model, build
+from ernie_lab.parallel.attention import SplitAttention
+from ernie_lab.parallel.experts import SplitExpertBank
+from ernie_lab.parallel.messages import FOREVER, Kind, Message
+from ernie_lab.parallel.on_ray import start_actors
+from ernie_lab.parallel.processes import start_processes
+from ernie_lab.parallel.ranks import Ranks
+from ernie_lab.parallel.serving import PARTS, device_here, split
+from ernie_lab.parallel.torchrun import (
+    join_torchrun,
+    local_rank,
+    rank_of_torchrun,
+    under_torchrun,
+)
+
+_models = count()
+
+
+def serve_if_not_first(n_ranks: int) -> None:
+    """Under torchrun, ranks other than 0 stay here until rank 0 has ended."""
+    if under_torchrun() and rank_of_torchrun() > 0:
+        join_torchrun(n_ranks)
+
+
+def require_experts(config: ModelConfig, n_ranks: int) -> None:
+    """
+    Raises:
+        ValueError: a model without experts, or with fewer of them than ranks.
+    """
+    moe = config.decoder.moe
+    if moe is None:
+        raise ValueError(f'placement="ep:{n_ranks}": this model is dense, it has no experts')
+    if n_ranks > moe.router.n_experts:
+        raise ValueError(
+            f'placement="ep:{n_ranks}": there are {moe.router.n_experts} experts in a bank, and '
+            "every rank needs one"
+        )
+
+
+def open_over_ranks(
+    config: ModelConfig,
+    folder: Path,
+    n_ranks: int,
+    *,
+    heads: bool,
+    device: torch.device,
+    dtype: torch.dtype,
+    ignore: Sequence[str] = (),
+    progress: bool = True,
+) -> tuple[Model, LoadReport]:
+    """The model with the experts of rank 0, and what rank 0 read. All ranks load at once.
+
+    `heads`: attention over the ranks too.
+    """
+    ranks = gather(n_ranks)
+    number = next(_models)
+    what = {
+        "heads": heads,
+        "folder": str(folder.resolve()),
+        "ignore": list(ignore),
+        "device": str(device),
+        "dtype": str(dtype).removeprefix("torch."),
+    }
+    question = Message.of_facts(Kind.LOAD, what, number)
+    reader = Reader.open(folder)
+    with torch.device("meta"):
+        model = build(config)
+        banks, layers = split(model, 0, n_ranks, heads=heads)
+    with ranks.talk() as talk:
+        loaded = talk.ask(dict.fromkeys(ranks.others, question), FOREVER)
+        report = fill(
+            model, reader, detect(reader.tensors.keys()), device=device_here(device, local_rank()),
+            dtype=dtype, progress=progress,
+        )  # fmt: skip
+        ranks.reports |= {rank: reply.facts for rank, reply in loaded.result().items()}
+    parts: list[SplitExpertBank | SplitAttention] = [*banks, *layers]
+    for part in parts:
+        part.number, part.ranks = number * PARTS + part.number, ranks
+    # At the end of Python the ranks end, and need not be told.
+    weakref.finalize(model, ranks.tell, Message(Kind.FORGET, number)).atexit = False
+    return model, report
+
+
+def gather(n_ranks: int) -> Ranks:
+    """The ranks: those of torchrun; actors where Ray is connected; else processes, started here."""
+    if under_torchrun():
+        return join_torchrun(n_ranks)
+    ray = sys.modules.get("ray")
+    if ray is not None and ray.is_initialized():
+        return start_actors(ray, n_ranks)
+    return start_processes(n_ranks)

@@ -1,0 +1,54 @@
+"""Ranks as processes that torchrun started, on one machine or several.
+
+All of them run the same script. Rank 0 goes on with it after `load`; the others stay in `load`,
+serve, and leave Python when rank 0 does. So a script is written for one process, prints once and
+writes each file once.
+"""
+
+from __future__ import annotations
+
+import os
+from functools import cache
+
+from ernie_lab.parallel.meeting import meet_by_environment
+from ernie_lab.parallel.ranks import Ranks
+from ernie_lab.parallel.serving import Server
+
+
+def under_torchrun() -> bool:
+    return "WORLD_SIZE" in os.environ and "RANK" in os.environ
+
+
+def join_torchrun(n_ranks: int) -> Ranks:
+    """Returns on rank 0 alone; the others leave Python from here (`SystemExit`).
+
+    Raises:
+        ValueError: torchrun started another number of processes.
+    """
+    started = int(os.environ["WORLD_SIZE"])
+    if started != n_ranks:
+        raise ValueError(
+            f'placement="ep:{n_ranks}" needs {n_ranks} processes, and torchrun started {started} '
+            f"(WORLD_SIZE): use torchrun --nproc-per-node {n_ranks} …, or ep:{started}. Without "
+            "torchrun (no WORLD_SIZE in the environment) the processes are started by load"
+        )
+    return _joined()
+
+
+@cache
+def _joined() -> Ranks:
+    """One group for all models of the script."""
+    link = meet_by_environment()
+    if link.rank > 0:
+        Server(link, local_rank()).serve()
+        raise SystemExit(0)
+    return Ranks(link)
+
+
+def rank_of_torchrun() -> int:
+    return int(os.environ["RANK"])
+
+
+def local_rank() -> int:
+    """Which process of its machine, and so which GPU; 0 without torchrun."""
+    return int(os.environ.get("LOCAL_RANK", "0"))
