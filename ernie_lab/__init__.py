@@ -17,19 +17,8 @@ from ernie_lab.checkpoint import (
     NotEnoughMemory,
     save_model,
 )
-from ernie_lab.experiments import Effects, LabComparison, compare, compare_labs, effects
 from ernie_lab.inputs import BatchError, ImageError, PromptError, VideoError
-from ernie_lab.interventions import (
-    EditChangedNothingWarning,
-    EditError,
-    at,
-    edit,
-    experts,
-    routing,
-    shared,
-)
-from ernie_lab.interventions import edits_of_any_site as edits
-from ernie_lab.interventions.comparison import Comparison
+from ernie_lab.interventions import EditChangedNothingWarning, EditError, at, edit
 from ernie_lab.lab import Lab
 from ernie_lab.loading import load
 from ernie_lab.results import Generation, Run
@@ -41,6 +30,10 @@ from ernie_lab.trace.trace import Trace
 if TYPE_CHECKING:
     from ernie_lab import analysis, plots, widgets
     from ernie_lab.corpus import CorpusError, RecordPlan, RoutingStore
+    from ernie_lab.experiments import Effects, LabComparison, compare, compare_labs, effects
+    from ernie_lab.interventions import catalogue as edits
+    from ernie_lab.interventions import experts, routing, shared
+    from ernie_lab.interventions.comparison import Comparison
 
 __version__ = "0.1.0"
 
@@ -87,14 +80,42 @@ __all__ = [
 ]
 
 
-_MODULES = ("analysis", "corpus", "plots", "widgets")
-_OF_CORPUS = ("CorpusError", "RecordPlan", "RoutingStore")
+# Imported at first use: what brings matplotlib, pandas or ipywidgets, and what `load` and a run
+# can do without. Modules by the name they have here, then names by the module they come from.
+_MODULES = {
+    "analysis": "analysis",
+    "corpus": "corpus",
+    "edits": "interventions.catalogue",
+    "experts": "interventions.experts",
+    "plots": "plots",
+    "routing": "interventions.routing",
+    "shared": "interventions.shared",
+    "widgets": "widgets",
+}
+_HOMES = {
+    "compare": "experiments",
+    "compare_labs": "experiments",
+    "Comparison": "interventions.comparison",
+    "CorpusError": "corpus",
+    "effects": "experiments",
+    "Effects": "experiments",
+    "LabComparison": "experiments",
+    "RecordPlan": "corpus",
+    "RoutingStore": "corpus",
+}
 
 
 def __getattr__(name: str) -> Any:
-    """What brings matplotlib, pandas or ipywidgets, or few will use, is imported at first use."""
     if name in _MODULES:
-        return importlib.import_module(f"ernie_lab.{name}")
-    if name in _OF_CORPUS:
-        return getattr(importlib.import_module("ernie_lab.corpus"), name)
-    raise AttributeError(f"module 'ernie_lab' has no attribute {name!r}")
+        found: Any = importlib.import_module(f"ernie_lab.{_MODULES[name]}")
+    elif name in _HOMES:
+        found = getattr(importlib.import_module(f"ernie_lab.{_HOMES[name]}"), name)
+    else:
+        raise AttributeError(f"module 'ernie_lab' has no attribute {name!r}")
+    globals()[name] = found
+    return found
+
+
+def __dir__() -> list[str]:
+    """Completion offers what is not imported yet, too."""
+    return sorted({*globals(), *__all__})

@@ -12,10 +12,12 @@ from __future__ import annotations
 
 from functools import lru_cache
 from pathlib import Path
-
-from PIL import Image, ImageDraw, ImageFont
+from typing import TYPE_CHECKING
 
 from ernie_lab.inputs.errors import VideoError
+
+if TYPE_CHECKING:
+    from PIL import Image, ImageFont
 
 FONT_NAME = "Roboto-Regular.ttf"
 BUNDLED_FONT = Path(__file__).parent / "fonts" / FONT_NAME
@@ -33,6 +35,8 @@ def timestamp_text(seconds: float) -> str:
 
 def draw_timestamp(picture: Image.Image, seconds: float, font: Path | None = None) -> Image.Image:
     """A copy with the time in its top left corner, black with a white stroke."""
+    from PIL import ImageDraw
+
     size = int(min(picture.size) * _FONT_SHARE)
     if size < 1:
         raise VideoError(
@@ -53,6 +57,8 @@ def draw_timestamp(picture: Image.Image, seconds: float, font: Path | None = Non
 
 @lru_cache(maxsize=8)
 def _load(path: Path, size: int) -> ImageFont.FreeTypeFont:
+    from PIL import ImageFont
+
     try:
         return ImageFont.truetype(path, size)
     except OSError as problem:

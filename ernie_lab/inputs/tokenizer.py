@@ -13,7 +13,6 @@ import tokenizers
 from tokenizers import AddedToken
 
 from ernie_lab.inputs.errors import TokenizerError
-from ernie_lab.inputs.sentencepiece_model import convert_sentencepiece, read_sentencepiece
 from ernie_lab.inputs.token_bytes import SPACE_MARK, TokenizerKind, spelled_bytes, visible
 from ernie_lab.inputs.tokenizer_files import (
     DEFAULT_TEMPLATE,
@@ -159,6 +158,12 @@ def load_tokenizer(folder: str | Path) -> Tokenizer | None:
     for name in SENTENCEPIECE_NAMES:
         path = folder / name
         if path.is_file():
+            # Only such files need sentencepiece, and it takes its time to import.
+            from ernie_lab.inputs.sentencepiece_model import (
+                convert_sentencepiece,
+                read_sentencepiece,
+            )
+
             model = read_sentencepiece(path)
             files = read_tokenizer_files(folder, model.special)
             extra = {spec.text: spec.token_id for spec in files.added if spec.token_id is not None}

@@ -1,10 +1,9 @@
 """Changing what flows: edits as values, applied by a tap that counts what they did.
 
-Public as `el.edit`, `el.at`, `el.edits`, `el.shared`, `el.experts` and `el.routing`.
+Public as `el.edit`, `el.at`, `el.edits` (`catalogue`), `el.shared`, `el.experts` and `el.routing`.
+The last four are modules that `ernie_lab` imports at first use, and so not imported here.
 """
 
-from ernie_lab.interventions import catalogue as edits_of_any_site
-from ernie_lab.interventions import experts, routing, shared
 from ernie_lab.interventions.edits import (
     Edit,
     EditChangedNothingWarning,
@@ -27,8 +26,4 @@ __all__ = [
     "Hook",
     "at",
     "edit",
-    "edits_of_any_site",
-    "experts",
-    "routing",
-    "shared",
 ]
