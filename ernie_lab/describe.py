@@ -12,6 +12,8 @@ from ernie_lab.checkpoint import TextConfig, VLConfig, count_parameters, weight_
 from ernie_lab.checkpoint.packing import held_bytes
 from ernie_lab.checkpoint.quantise import Scheme
 from ernie_lab.display import in_words
+from ernie_lab.model.placed import placement_of
+from ernie_lab.model.stack import block_list
 from ernie_lab.session import Opened
 
 
@@ -32,6 +34,8 @@ def lab_facts(lab: Opened) -> dict[str, str]:
         "" if lab.tokenizer else " (no tokenizer: prompts are token ids)"
     )
     facts["weights"] = f"{str(lab.dtype).removeprefix('torch.')} on {lab.device}"
+    if (placement := placement_of(block_list(lab.model.blocks))) is not None:
+        facts["placement"] = placement
     held = held_bytes(lab.model)
     if held.scheme is not None:
         facts["quantised"] = str(held)

@@ -34,7 +34,9 @@ from ernie_lab.model.kinds import build
 from ernie_lab.model.quantised import quantise
 from ernie_lab.organisms.builtin import BUILTIN, builtin_path, unknown_name
 from ernie_lab.parallel.auto import local_rooms, plan_layers
-from ernie_lab.parallel.placement import read_placement
+from ernie_lab.parallel.over_ranks import open_over_ranks, serve_if_not_first
+from ernie_lab.parallel.placement import read_placement, require_fitting
+from ernie_lab.parallel.stream import open_streamed
 
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 
@@ -74,7 +76,14 @@ def load(
             the reference's for clips that are longer than wide.
         placement: for models larger than one device. `"auto"`: whole layers over the GPUs of this
             machine and its memory, as much as fits on each in turn. The same sites, edits and
-            results; the lab prints which layer is where.
+            results; the lab prints which layer is where. `"stream"`: the blocks stay on disk and
+            two of them are in memory at a time, so every pass reads them all: for recording many
+            tokens at once with a model that fits nowhere. A generated token costs a pass.
+            Gradients, quantising, changing and saving such a model are refused. `"ep:N"`: experts
+            over N ranks, which are started here: processes of this machine, or actors where Ray is
+            connected, or what torchrun started (then the script goes on for rank 0 alone). Results
+            are those of one process, bit for bit; gradients and quantising are refused.
+            `"ep:N+tp"`: heads of attention too, where N divides the key/value heads.
         progress: show a bar while reading.
 
     Raises:
@@ -89,8 +98,10 @@ def load(
     """
     # What needs no model is settled before one is looked for, and perhaps downloaded.
     placed = read_placement(placement)
-    if placed is not None and placed.kind == "auto" and device is not None:
-        raise ValueError(f'placement="auto" chooses devices; leave device={str(device)!r} out')
+    if placed is not None:
+        require_fitting(placed, device, quantize)
+        if placed.kind == "ep":
+            serve_if_not_first(placed.n_ranks)
     where = _device(device)
     given = _dtype(dtype)
     if given is None and dtype is not None:
@@ -109,15 +120,24 @@ def load(
     is_builtin = source in BUILTIN
     reader = Reader.open(located.folder)
     kind = given or (torch.float32 if is_builtin else _own_dtype(located.folder, reader))
-    devices: Devices = where
-    if placed is None:
-        require_memory(config, kind, where, quantize=how)
-    else:
-        devices = plan_layers(config, kind, local_rooms(), how).device_of
-    with torch.device("meta"):
-        model = build(config) if how is None else quantise(build(config), how)
     layout, shown = detect(reader.tensors.keys()), progress and not is_builtin
-    report = fill(model, reader, layout, device=devices, dtype=kind, progress=shown)
+    if placed is not None and placed.kind == "stream":
+        model, report = open_streamed(
+            config, reader, layout, device=where, dtype=kind, progress=shown
+        )
+    elif placed is not None and placed.kind == "ep":
+        model, report = open_over_ranks(
+            config, located.folder, placed, device=where, dtype=kind, ignore=ignore, progress=shown
+        )
+    else:
+        devices: Devices = where
+        if placed is None:
+            require_memory(config, kind, where, quantize=how)
+        else:
+            devices = plan_layers(config, kind, local_rooms(), how).device_of
+        with torch.device("meta"):
+            model = build(config) if how is None else quantise(build(config), how)
+        report = fill(model, reader, layout, device=devices, dtype=kind, progress=shown)
     return Lab(
         model=model.eval(),
         tokenizer=load_tokenizer(located.folder),

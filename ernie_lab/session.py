@@ -28,7 +28,9 @@ from ernie_lab.inputs.visual_layout import PositionRule
 from ernie_lab.interventions.edits import Edit, EditChangedNothingWarning, EditTap
 from ernie_lab.interventions.functions import BackwardHook, Hook
 from ernie_lab.model.kinds import Model
+from ernie_lab.model.placed import placement_details
 from ernie_lab.model.router import Router
+from ernie_lab.model.stack import block_list
 from ernie_lab.model.text import TextModel
 from ernie_lab.results import Generation
 from ernie_lab.sites import Site, all_sites, filtered, idle, select
@@ -184,6 +186,7 @@ def trace_of(
             keep=recorder.keep.description,
             edits=[repr(count.edit) for count in tap.counts],
             **quantised_details(lab.model),
+            **placement_details(block_list(lab.model.blocks)),
             **details,
         ),
     )

@@ -117,9 +117,12 @@ def read_tensors(
     *,
     device: torch.device,
     dtype: torch.dtype,
+    check: bool = True,
     stopped: Callable[[], bool] = lambda: False,
 ) -> dict[str, Tensor]:
-    """Parameters of ours by name, as `fill` reads them. `stopped` is asked after each tensor.
+    """Parameters of ours by name, as `fill` reads them: those of a model that `fill` has checked.
+
+    `check` is for NaN and infinite values. `stopped` is asked after each tensor.
 
     Raises:
         CheckpointError: a NaN or an infinite value.
@@ -129,7 +132,7 @@ def read_tensors(
         name: torch.empty(shape, dtype=kept_dtype(name, dtype), device=device)
         for name, shape in shapes.items()
     }
-    for _ in _read(_plain(tensors, layout, reader), reader):
+    for _ in _read(_plain(tensors, layout, reader), reader, check):
         if stopped():
             raise InterruptedError("reading weights was stopped")
     return tensors
@@ -140,11 +143,13 @@ def kept_dtype(name: str, dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if stays_float32(name) else dtype
 
 
-def _read(targets: Mapping[str, Place], reader: Reader) -> Iterator[tuple[str, float]]:
+def _read(
+    targets: Mapping[str, Place], reader: Reader, check: bool = True
+) -> Iterator[tuple[str, float]]:
     """Each key once its tensor is in its place and found finite; the seconds that this took."""
     for key in reader.stream({key: target.destination for key, target in targets.items()}):
         before = time.perf_counter()
-        if not all(map(is_finite, targets[key].views)):
+        if check and not all(map(is_finite, targets[key].views)):
             raise CheckpointError(_not_finite(key, targets[key], reader))
         yield key, time.perf_counter() - before
 

@@ -34,7 +34,7 @@ _HELD: ContextVar[Mapping[int, Tensor]] = ContextVar("held", default=MappingProx
 
 
 class OnDisk(nn.Parameter):
-    """A parameter by name, shape and dtype. Its values are read when a function takes it.
+    """A parameter by path in the model, shape and dtype, whose values are read when they are used.
 
     Reading weights for an analysis so gives what a loaded model gives, one tensor at a time.
     Writing to it and gradients through it raise `ValueError`. `detach` and copies of the model
@@ -42,12 +42,12 @@ class OnDisk(nn.Parameter):
     """
 
     source: Source
-    name: str
+    path: str
 
-    def __new__(cls, name: str, shape: Sequence[int], dtype: torch.dtype, source: Source) -> OnDisk:
+    def __new__(cls, path: str, shape: Sequence[int], dtype: torch.dtype, source: Source) -> OnDisk:
         empty = torch.empty(shape, dtype=dtype, device="meta")
         new: OnDisk = torch.Tensor._make_subclass(cls, empty, False)
-        new.name, new.source = name, source
+        new.path, new.source = path, source
         return new
 
     def __init__(self, *_: Any) -> None:
@@ -80,13 +80,16 @@ class OnDisk(nn.Parameter):
                 return first
             if func in _ASKS_GRADIENT and not (args[1] if len(args) > 1 else True):
                 return first
-            if func in _ASKS_GRADIENT or _writes(func):
-                raise _refused(first, f"{func.__name__} would change it")
+            if func in _ASKS_GRADIENT:
+                raise _refused(first, "it takes no gradient")
+            if _writes(func):
+                raise _refused(first, "it is only read")
         if isinstance(options.get("out"), OnDisk):
-            raise _refused(options["out"], "it cannot take a result")
-        if torch.is_grad_enabled() and any(_needs_graph(x) for x in _tensors([args, options])):
+            raise _refused(options["out"], "it is only read")
+        result = func(*_with_values(args), **_with_values(options))
+        if torch.is_grad_enabled() and any(x.requires_grad for x in _tensors(result)):
             raise _refused(_first([args, options]), "a graph would hold the weights of every layer")
-        return func(*_with_values(args), **_with_values(options))
+        return result
 
     @classmethod
     def __torch_dispatch__(  # type: ignore[override]
@@ -102,7 +105,7 @@ class OnDisk(nn.Parameter):
         raise _refused(self, "it cannot be sent to another process, which should load its own")
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
-        return f"{self.name} {list(self.shape)}, {self.dtype}, on disk"
+        return f"{self.path} {list(self.shape)}, {self.dtype}, on disk"
 
 
 @contextmanager
@@ -171,17 +174,13 @@ def _tensors(value: Any) -> Iterator[Tensor]:
                 yield from _tensors(one)
 
 
-def _needs_graph(x: Tensor) -> bool:
-    return not isinstance(x, OnDisk) and x.requires_grad
-
-
 def _first(value: Any) -> OnDisk:
     return next(x for x in _tensors(value) if isinstance(x, OnDisk))
 
 
 def _refused(parameter: OnDisk, why: str) -> ValueError:
     return ValueError(
-        f"{parameter.name} is on disk (placement='stream'): {why}. Streamed models are for "
+        f"{parameter.path} is on disk (placement='stream'): {why}. Streamed models are for "
         "recording and for edits of values; load without placement= to change, move or save "
         "weights and for gradients"
     )

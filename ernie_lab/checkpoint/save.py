@@ -17,6 +17,7 @@ from ernie_lab.checkpoint.config_json import CONFIG_NAME, Style, write_config
 from ernie_lab.checkpoint.errors import CheckpointError
 from ernie_lab.checkpoint.layout import Layout
 from ernie_lab.checkpoint.names import LAYOUTS, VL_LAYOUTS, stays_float32
+from ernie_lab.checkpoint.on_disk import is_streamed
 from ernie_lab.checkpoint.packing import held_bytes
 from ernie_lab.checkpoint.reader import INDEX_NAME, WEIGHTS_NAME
 
@@ -51,7 +52,7 @@ def save_model(
         ValueError: no such layout for this kind of model.
         FileExistsError: the folder exists and is not empty.
         ConfigError: the config cannot be said in the fields of that layout.
-        CheckpointError: a model without weights, quantised, or with weights of several dtypes.
+        CheckpointError: a model without weights, quantised, streamed, or of several dtypes.
     """
     table = LAYOUTS if isinstance(config, TextConfig) else VL_LAYOUTS
     if layout not in table:
@@ -64,6 +65,11 @@ def save_model(
             f"the model is quantised ({scheme}) and is not saved: a checkpoint would hold the "
             "dequantised weights as if they were the original ones. Keep the checkpoint it was "
             "loaded from, and load that with the same quantize="
+        )
+    if is_streamed(model):
+        raise CheckpointError(
+            "the model is streamed from disk and is not saved: its checkpoint is there already. To "
+            "write it in another layout or dtype, load it without placement='stream'"
         )
     if any(parameter.is_meta for parameter in model.parameters()):
         raise CheckpointError("the model is on the meta device: there are no weights to save")

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ernie_lab.checkpoint.on_disk import OnDisk, held, on_disk
+from ernie_lab.display import in_words
 from ernie_lab.model.banks import BankRows
 from ernie_lab.model.block import Block
 
@@ -37,6 +38,27 @@ def moved(value: Value, device: torch.device) -> Value:
 def device_of(block: Block) -> torch.device:
     """A block lies on one device, whole."""
     return block.norm1.gain_D.device
+
+
+def placement_of(blocks: Sequence[Block]) -> str | None:
+    """Where the blocks are, in words; None where they are in memory, on one device."""
+    if blocks and STREAMED in blocks[0].__dict__:
+        n_bytes = sum(parameter.nbytes for block in blocks for parameter in on_disk(block))
+        return f"{in_words(n_bytes)} of {len(blocks)} layers on disk, read in every pass"
+    runs: list[tuple[torch.device, list[int]]] = []
+    for block in blocks:
+        if not runs or runs[-1][0] != device_of(block):
+            runs.append((device_of(block), []))
+        runs[-1][1].append(block.layer)
+    if len(runs) < 2:
+        return None
+    return "layers " + ", ".join(f"{run[0]} to {run[-1]} on {device}" for device, run in runs)
+
+
+def placement_details(blocks: Sequence[Block]) -> dict[str, str]:
+    """What a result has to tell of it."""
+    words = placement_of(blocks)
+    return {} if words is None else {"placement": words}
 
 
 def in_turn(blocks: Sequence[Block]) -> AbstractContextManager[Iterable[Block]]:

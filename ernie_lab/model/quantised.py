@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
+from ernie_lab.checkpoint.on_disk import is_streamed
 from ernie_lab.checkpoint.packing import packed_parameters
 from ernie_lab.checkpoint.quantise import Quantisation, Scheme
 from ernie_lab.model.experts import ExpertBank, ExpertSites, run_experts
@@ -124,11 +125,17 @@ def named_weights(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 
 def require_differentiable(model: nn.Module) -> None:
-    """Refuse gradients through a quantised model.
+    """Refuse gradients through a model that is quantised, or streamed from disk.
 
     Raises:
-        ValueError: it is quantised.
+        ValueError: it is.
     """
+    if is_streamed(model):
+        raise ValueError(
+            "this model is streamed from disk, and gradients through it are refused: the graph "
+            "would hold the weights of every layer, which is the model that did not fit. Load it "
+            "without placement='stream' for gradients and training"
+        )
     scheme = next((packed.scheme for _, packed in packed_parameters(model)), None)
     if scheme is not None:
         raise ValueError(_NO_GRADIENTS.format(scheme=scheme))

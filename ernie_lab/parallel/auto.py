@@ -46,7 +46,7 @@ class LayerPlan:
 
     def device_of(self, name: str) -> torch.device:
         """Of the parameter of this name."""
-        layer = _layer(name)
+        layer = layer_of(name)
         return self.home if layer is None else self.layers[layer]
 
     def __str__(self) -> str:
@@ -93,7 +93,7 @@ def bytes_by_layer(
     """Of the weights of each layer; under None, of all that is in no layer."""
     total: Counter[int | None] = Counter({None: 0})
     for name, shape in parameter_shapes(config).items():
-        total[_layer(name)] += parameter_bytes(name, shape, dtype, quantize)
+        total[layer_of(name)] += parameter_bytes(name, shape, dtype, quantize)
     return dict(total)
 
 
@@ -108,7 +108,8 @@ def local_rooms() -> tuple[Room, ...]:
     return tuple(Room(one, free_bytes(one)) for one in (*devices, torch.device("cpu")))
 
 
-def _layer(name: str) -> int | None:
+def layer_of(name: str) -> int | None:
+    """Of the parameter of this name; None of what is in no block."""
     # `vision.blocks.3` is the tower's.
     match = re.match(r"blocks\.(\d+)\.", name)
     return int(match[1]) if match else None
