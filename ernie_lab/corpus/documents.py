@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -13,6 +14,8 @@ from ernie_lab.corpus.folder import CorpusError
 SUFFIXES = (".txt", ".jsonl", ".parquet")
 _CONTENT = ("text", "ids", "messages")
 _PICTURES = ("images", "videos")
+# Of a picture in a file, what is no path relative to it: `data:…`, `https://…`.
+_ADDRESS = re.compile(r"data:|[a-zA-Z][a-zA-Z0-9+.-]+://")
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,6 +23,8 @@ class Document:
     """One text, token ids, or chat, with its pictures; `where` is what an error calls it.
 
     `domain` is any label by which counts should be kept apart, empty where there is none.
+    `through` is the share of the corpus that has been read with it, None where its length is not
+    known beforehand.
     """
 
     content: str | Sequence[int] | Sequence[Mapping[str, Any]]
@@ -27,6 +32,7 @@ class Document:
     images: Sequence[Any] = ()
     videos: Sequence[Any] = ()
     where: str = ""
+    through: float | None = None
 
 
 Corpus: TypeAlias = str | Path | Iterable[str | Path | Mapping[str, Any] | Document]
@@ -38,9 +44,11 @@ def read_documents(corpus: Corpus) -> Iterator[Document]:
     - A path: a `.txt` file is one document, a line of a `.jsonl` file and a row of a `.parquet`
       file one each, a folder all of these in it, by name. Lines and rows have one of `text`, `ids`
       and `messages`, and may have `domain` (a text) and, for vision-language models, `images` and
-      `videos` (paths, relative to the file). Other columns are left alone.
+      `videos` (paths, relative to the file, or `data:` URIs; a `.parquet` of `datasets` has their
+      bytes). Other columns are left alone.
     - Anything that can be iterated over: strings (texts), paths, mappings as above (so the rows of
-      a `datasets` data set), or `Document`s. To resume, it must give the same again.
+      a `datasets` data set, also of one that streams), or `Document`s. To resume, it must give the
+      same again.
 
     Raises `CorpusError`, naming file and line, for what cannot be read.
     """
@@ -51,21 +59,48 @@ def read_documents(corpus: Corpus) -> Iterator[Document]:
         raise CorpusError(
             f"corpus={corpus!r}: no such file or folder. A corpus of texts is a list of strings"
         )
+    _require_rows(corpus)
+    n_items = len(corpus) if isinstance(corpus, Sized) else None
     for number, item in enumerate(corpus):
-        where = f"item {number} of the corpus"
-        if isinstance(item, Document):
-            yield item if item.where else _named(item, where)
-        elif isinstance(item, Path):
-            yield from _of_path(item)
-        elif isinstance(item, str):
-            yield Document(item, where=where)
-        elif isinstance(item, Mapping):
-            yield _of_fields(item, where, None)
-        else:
-            raise CorpusError(
-                f"{where} is a {type(item).__name__}; expected a text, a Path, a mapping with "
-                "'text', 'ids' or 'messages', or a Document"
-            )
+        found = _of_item(item, f"item {number} of the corpus")
+        yield from found if n_items is None else _within(found, number / n_items, 1 / n_items)
+
+
+def _require_rows(corpus: object) -> None:
+    """Refuse what gives its names when it is iterated over: they would be taken for texts."""
+    kind = type(corpus).__name__
+    if isinstance(corpus, Mapping):
+        names = ", ".join(map(repr, list(corpus)[:4]))
+        raise CorpusError(
+            f"corpus is a {kind} with {names}: expected one of its values, such as a split of a "
+            "data set, or a list of such mappings"
+        )
+    if hasattr(corpus, "iterrows"):
+        raise CorpusError(f"corpus is a {kind}: pass its rows, corpus.to_dict('records')")
+
+
+def _of_item(item: object, where: str) -> Iterator[Document]:
+    if isinstance(item, Document):
+        yield item if item.where else replace(item, where=where)
+    elif isinstance(item, Path):
+        yield from _of_path(item)
+    elif isinstance(item, str):
+        yield Document(item, where=where)
+    elif isinstance(item, Mapping):
+        yield _of_fields(item, where, None)
+    else:
+        raise CorpusError(
+            f"{where} is a {type(item).__name__}; expected a text, a Path, a mapping with "
+            "'text', 'ids' or 'messages', or a Document"
+        )
+
+
+def _within(documents: Iterable[Document], start: float, share: float) -> Iterator[Document]:
+    """The documents of a part of the corpus, which is this share of it."""
+    for document in documents:
+        # One of unknown length is counted when the next part begins.
+        inner = 1.0 if document.through is None else document.through
+        yield replace(document, through=start + inner * share)
 
 
 def _is_path(text: str) -> bool:
@@ -80,12 +115,15 @@ def _of_path(path: Path) -> Iterator[Document]:
         files = sorted(file for file in path.rglob("*") if file.suffix in SUFFIXES)
         if not files:
             raise CorpusError(f"{path} holds no file with one of the endings {', '.join(SUFFIXES)}")
-        for file in files:
-            yield from _of_path(file)
+        sizes = [file.stat().st_size for file in files]
+        total, before = max(sum(sizes), 1), 0
+        for file, size in zip(files, sizes, strict=True):
+            yield from _within(_of_path(file), before / total, size / total)
+            before += size
     elif not path.is_file():
         raise CorpusError(f"{path}: no such file or folder")
     elif path.suffix == ".txt":
-        yield Document(_text_of(path), where=str(path))
+        yield Document(_text_of(path), where=str(path), through=1.0)
     elif path.suffix == ".jsonl":
         yield from _of_lines(path)
     elif path.suffix == ".parquet":
@@ -102,6 +140,7 @@ def _text_of(path: Path) -> str:
 
 
 def _of_lines(path: Path) -> Iterator[Document]:
+    n_bytes = max(path.stat().st_size, 1)
     with path.open("rb") as lines:
         for number, line in enumerate(lines, start=1):
             where = f"{path}, line {number}"
@@ -113,7 +152,8 @@ def _of_lines(path: Path) -> Iterator[Document]:
                 raise CorpusError(f"{where} is not JSON: {error}") from None
             if not isinstance(fields, dict):
                 raise CorpusError(f"{where} is a {type(fields).__name__}, expected an object")
-            yield _of_fields(fields, where, path.parent)
+            document = _of_fields(fields, where, path.parent)
+            yield replace(document, through=lines.tell() / n_bytes)
 
 
 def _of_rows(path: Path) -> Iterator[Document]:
@@ -124,8 +164,9 @@ def _of_rows(path: Path) -> Iterator[Document]:
     number = 0
     for batch in file.iter_batches(batch_size=256, columns=known):
         for fields in batch.to_pylist():
-            yield _of_fields(fields, f"{path}, row {number}", path.parent)
+            document = _of_fields(fields, f"{path}, row {number}", path.parent)
             number += 1
+            yield replace(document, through=number / file.metadata.num_rows)
 
 
 def _of_fields(fields: Mapping[str, Any], where: str, folder: Path | None) -> Document:
@@ -136,23 +177,34 @@ def _of_fields(fields: Mapping[str, Any], where: str, folder: Path | None) -> Do
             f"(it has {list(fields)})"
         )
     content, domain = fields[given[0]], fields.get("domain")
+    if given[0] == "ids" and hasattr(content, "tolist"):
+        content = content.tolist()
     expected = str if given[0] == "text" else Sequence
     if not isinstance(content, expected) or (expected is Sequence and isinstance(content, str)):
         raise CorpusError(f"{where}: {given[0]!r} is a {type(content).__name__}")
     if domain is not None and not isinstance(domain, str):
-        raise CorpusError(f"{where}: 'domain' is {domain!r}, expected a text")
-    pictures = {name: _pictures(fields.get(name), folder) for name in _PICTURES}
-    return Document(content, domain or "", **pictures, where=where)
+        raise CorpusError(
+            f"{where}: 'domain' is {domain!r}, expected a text (of a ClassLabel of `datasets`: "
+            "features['domain'].int2str)"
+        )
+    for name in _PICTURES:
+        if fields.get(singular := name.removesuffix("s")) is not None:
+            raise CorpusError(
+                f"{where} has {singular!r}, which is not read: call it {name!r}, or leave it out"
+            )
+    images, videos = (_pictures(fields.get(name), folder) for name in _PICTURES)
+    return Document(content, domain or "", images, videos, where=where)
 
 
 def _pictures(given: Any, folder: Path | None) -> list[Any]:
-    listed = [] if given is None else [given] if isinstance(given, str) else list(given)
-    if folder is None:
-        return listed
-    return [folder / picture if isinstance(picture, str) else picture for picture in listed]
+    listed = given if isinstance(given, list | tuple) else [] if given is None else [given]
+    return [_picture(picture, folder) for picture in listed]
 
 
-def _named(document: Document, where: str) -> Document:
-    return Document(
-        document.content, document.domain, document.images, document.videos, where=where
-    )
+def _picture(given: Any, folder: Path | None) -> Any:
+    """`datasets` writes a picture into its files as `{"bytes": …, "path": …}`, one of them null."""
+    if isinstance(given, Mapping) and set(given) == {"bytes", "path"}:
+        given = given["path"] if given["bytes"] is None else given["bytes"]
+    if folder is None or not isinstance(given, str) or _ADDRESS.match(given):
+        return given
+    return folder / given

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias, get_args
 
 import numpy as np
 
+from ernie_lab.checkpoint.packing import quantised_details
 from ernie_lab.corpus.committing import record, require_same
 from ernie_lab.corpus.documents import Corpus, read_documents
 from ernie_lab.corpus.folder import CorpusError, CorpusIncomplete, Folder
@@ -113,6 +114,7 @@ class RecordPlan:
             "revision": lab.revision,
             "weights": fingerprint(lab.model),
             "dtype": provenance.dtype,
+            "quantised": quantised_details(lab.model) or None,
             "layers": list(shapes(lab, ())["text"].layers),
             "unit_tokens": self.unit_tokens,
             "max_length": self.max_length,
@@ -158,7 +160,7 @@ class RecordPlan:
             if runner == "ray"
             else self._here(lab, folder, *(_rank() if runner == "torchrun" else (0, 1)))
         )
-        for _ in shown(done, _size(self.corpus), progress):
+        for _ in shown(done, progress):
             pass
         if not folder.committed() and not folder.failures():
             raise CorpusError(f"the corpus holds no token: nothing was recorded.{self._once()}")
@@ -267,10 +269,3 @@ def _dtype(lab: Lab) -> str:
 def _read_once(corpus: Corpus) -> bool:
     """Can it be read a single time, as a generator can?"""
     return not isinstance(corpus, str | Path) and iter(corpus) is corpus
-
-
-def _size(corpus: Corpus) -> int | None:
-    """Documents of the corpus, where that is known before it is read."""
-    if isinstance(corpus, str | Path) or not isinstance(corpus, Sized):
-        return None
-    return len(corpus)

@@ -7,21 +7,22 @@ from collections.abc import Iterable, Iterator
 from ernie_lab.corpus.units import Unit
 
 
-def shown(done: Iterable[Unit], n_documents: int | None, on: bool = True) -> Iterator[Unit]:
+def shown(done: Iterable[Unit], on: bool = True) -> Iterator[Unit]:
     """Passes on the units that are done, with a bar of their tokens.
 
-    How many tokens there will be is known from the documents done and all `n_documents`; without
-    these, as for files, the bar shows tokens and rate alone.
+    How many tokens there will be follows from the share of the corpus that they are, by items of
+    a list, bytes of files, rows of a table. A corpus without a length, such as a generator, has
+    tokens and rate alone.
     """
     from tqdm.auto import tqdm
 
-    first, last, tokens = None, 0, 0
+    tokens = 0
+    first, last = 1.0, 0.0
     with tqdm(desc="recording", unit=" tokens", unit_scale=True, disable=not on) as bar:
         for unit in done:
             tokens += unit.n_tokens
-            first = unit.windows[0].doc if first is None else first
-            last = max(last, unit.windows[-1].doc + 1)
-            if n_documents is not None:
-                bar.total = max(tokens, round(tokens * (n_documents - first) / (last - first)))
+            if (span := unit.span) is not None:
+                first, last = min(first, span[0]), max(last, span[1])
+                bar.total = max(tokens, round(tokens * (1 - first) / (last - first)))
             bar.update(unit.n_tokens)
             yield unit

@@ -22,7 +22,8 @@ class Window:
     """A sequence that the model reads: a document, or a piece of one from position `start`.
 
     A later piece is read without what stood before it, so its first tokens have less context
-    than in the document. `doc` counts documents over the corpus.
+    than in the document. `doc` counts documents over the corpus. `span` are the shares of the
+    corpus before it and with it, None where its length is not known beforehand.
     """
 
     doc: int
@@ -30,6 +31,7 @@ class Window:
     ids: tuple[int, ...]
     domain: str
     media: tuple[Media, ...] = ()
+    span: tuple[float, float] | None = None
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -46,6 +48,11 @@ class Unit:
     @property
     def domains(self) -> tuple[str, ...]:
         return tuple(sorted({window.domain for window in self.windows}))
+
+    @property
+    def span(self) -> tuple[float, float] | None:
+        first, last = self.windows[0].span, self.windows[-1].span
+        return None if first is None or last is None else (first[0], last[1])
 
     @property
     def digest(self) -> str:
@@ -70,6 +77,7 @@ def windows(lab: Lab, documents: Iterable[Document], max_length: int) -> Iterato
     256 domains: counts are kept for each.
     """
     domains: set[str] = set()
+    before = 0.0
     for doc, document in enumerate(documents):
         if not (document.content or document.images or document.videos):
             continue
@@ -77,11 +85,13 @@ def windows(lab: Lab, documents: Iterable[Document], max_length: int) -> Iterato
             _check_domain(document, domains)
             domains.add(document.domain)
         ids, media = _encoded(lab, document)
-        if media:
-            yield Window(doc, 0, ids, document.domain, media)
-            continue
-        for start in range(0, len(ids), max_length):
-            yield Window(doc, start, ids[start : start + max_length], document.domain)
+        for start in range(0, len(ids), len(ids) if media else max_length):
+            piece, span = ids if media else ids[start : start + max_length], None
+            if document.through is not None:
+                whole = (document.through - before) / len(ids)
+                span = before + whole * start, before + whole * (start + len(piece))
+            yield Window(doc, start, piece, document.domain, media, span)
+        before = document.through or before
 
 
 def units(pieces: Iterable[Window], unit_tokens: int) -> Iterator[Unit]:

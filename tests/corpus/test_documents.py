@@ -1,7 +1,9 @@
 """Documents from every source, and errors that say where."""
 
 import json
+from dataclasses import replace
 
+import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pytest
@@ -37,9 +39,72 @@ def test_pictures_lie_beside_their_file(tmp_path) -> None:
 
 def test_iterators() -> None:
     given = Document("x", where="here")
-    assert list(read_documents([given])) == [given]
+    assert list(read_documents(iter([given]))) == [given]
+    assert list(read_documents([given])) == [replace(given, through=1.0)]
     (named,) = read_documents(iter([Document("x")]))
     assert named.where == "item 0 of the corpus"
+
+
+class Streamed:
+    """As `datasets.IterableDataset`: rows as mappings, begun anew each time, and no length."""
+
+    def __iter__(self):
+        yield from ({**row, "other": 1} for row in LINES)
+
+
+class Indexed(Streamed):
+    """As `datasets.Dataset`."""
+
+    def __len__(self):
+        return len(LINES)
+
+    def __getitem__(self, number):
+        return LINES[number]
+
+
+def test_data_sets() -> None:
+    expected = ["one", [3, 4], "two"]
+    for made in (Streamed(), Indexed()):
+        assert contents(made) == contents(made) == expected
+    assert [d.through for d in read_documents(Indexed())] == pytest.approx([1 / 3, 2 / 3, 1])
+    assert {d.through for d in read_documents(Streamed())} == {None}
+    assert contents([{"ids": np.array([3, 4])}]) == [[3, 4]]
+
+
+class Frame:
+    iterrows = None
+
+    def __iter__(self):
+        return iter(["text", "domain"])
+
+
+@pytest.mark.parametrize(
+    ("corpus", "said"),
+    [
+        ({"train": LINES, "test": LINES}, r"is a dict with 'train', 'test': expected one of its"),
+        (LINES[0], "is a dict with 'text', 'domain'.* or a list of such mappings"),
+        (Frame(), r"corpus is a Frame: pass its rows, corpus\.to_dict\('records'\)"),
+    ],
+)
+def test_names_are_not_taken_for_texts(corpus, said) -> None:
+    with pytest.raises(CorpusError, match=said):
+        contents(corpus)
+
+
+def test_pictures_as_files_hold_them(tmp_path) -> None:
+    given = ["a.png", "data:image/png;base64,AA", "https://x.org/y.png",
+             {"bytes": b"png", "path": None}, {"bytes": None, "path": "b.png"}]  # fmt: skip
+    table = pyarrow.Table.from_pylist([{"text": "?", "images": given[3:]}])
+    pyarrow.parquet.write_table(table, tmp_path / "x.parquet")
+    (document,) = read_documents(tmp_path / "x.parquet")
+    assert document.images == [b"png", tmp_path / "b.png"]
+    (tmp_path / "y.jsonl").write_text(json.dumps({"text": "?", "images": given[:3]}))
+    (document,) = read_documents(tmp_path / "y.jsonl")
+    assert document.images == [tmp_path / "a.png", *given[1:3]]
+    picture = object()  # of Pillow, as `datasets` gives it
+    for images in (picture, [picture]):
+        (document,) = read_documents([{"text": "?", "images": images}])
+        assert document.images == [picture]
 
 
 @pytest.mark.parametrize(
@@ -50,7 +115,8 @@ def test_iterators() -> None:
         ('{"domain": "a"}', "has none of text, ids, messages"),
         ('{"text": "a", "ids": [1]}', "has text and ids of"),
         ('{"text": 3}', "'text' is a int"),
-        ('{"text": "a", "domain": 3}', "'domain' is 3"),
+        ('{"text": "a", "domain": 3}', r"'domain' is 3, expected a text \(of a ClassLabel"),
+        ('{"text": "a", "image": "x.png"}', "has 'image', which is not read: call it 'images'"),
     ],
 )
 def test_errors_say_where(tmp_path, line, said) -> None:

@@ -4,6 +4,8 @@ import json
 import tempfile
 
 import numpy as np
+import pyarrow
+import pyarrow.parquet
 import pytest
 import torch
 from corpus.test_record import TEXTS, equal, lab, plan, recorded  # noqa: F401
@@ -243,11 +245,24 @@ def test_time_left_where_the_corpus_has_a_length(lab, tmp_path, monkeypatch) -> 
             totals.append(self.total)
 
     monkeypatch.setattr(tqdm.auto, "tqdm", Bar)
-    made = list(plan(lab, tmp_path).units(lab))
-    list(shown(made, len(TEXTS)))
-    assert totals[-1] == sum(unit.n_tokens for unit in made)
+    every = sum(unit.n_tokens for unit in plan(lab, tmp_path).units(lab))
+    lines = tmp_path / "corpus/x.jsonl"
+    lines.parent.mkdir()
+    lines.write_text("\n".join(map(json.dumps, TEXTS[:3])) + "\n\n")
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(TEXTS[3:]), lines.parent / "y.parquet")
+    for corpus in (TEXTS, lines.parent, [lines, *TEXTS[3:]]):
+        totals.clear()
+        made = list(plan(lab, tmp_path, corpus).units(lab))
+        list(shown(made))
+        assert totals[-1] == every and every / 3 < totals[0] < every * 3
+        assert made[0].span[0] == 0 and made[-1].span[1] == pytest.approx(1)
+        list(shown(made[1:]))
+        assert totals[-1] == every - made[0].n_tokens, "of what is left"
+    # A text that fills units by itself moves on inside itself.
+    spans = [unit.span for unit in plan(lab, tmp_path, ["ab" * 60]).units(lab)]
+    assert spans == [pytest.approx((at / 120, min(at + 32, 120) / 120)) for at in range(0, 120, 32)]
     totals.clear()
-    list(shown(made, None))
+    list(shown(plan(lab, tmp_path, iter(TEXTS)).units(lab)))
     assert set(totals) == {None}
 
 
@@ -255,3 +270,24 @@ def test_facts_of_a_unit_are_plain(lab, tmp_path) -> None:  # noqa: F811
     recorded(lab, tmp_path)
     facts = record.read_facts(Folder(tmp_path), 0)
     assert json.loads(json.dumps(facts)) == facts
+
+
+def test_another_quantisation_is_another_plan(tmp_path) -> None:
+    def run(**options):
+        return el.RecordPlan(
+            model="tiny-text", corpus=["And God said"], folder=tmp_path, load_options=options
+        ).run(progress=False)
+
+    run(quantize="int8")
+    said = r"another plan .*quantised: \{'quantize': 'int8', .*\}, now None"
+    with pytest.raises(CorpusError, match=said):
+        run()
+    run(quantize="int8")
+
+
+def test_a_plan_of_before_there_was_quantisation_goes_on(lab, tmp_path) -> None:  # noqa: F811
+    store = recorded(lab, tmp_path)
+    asked = json.loads((tmp_path / "plan.json").read_text())
+    assert asked.pop("quantised") is None
+    (tmp_path / "plan.json").write_text(json.dumps(asked))
+    assert equal(recorded(lab, tmp_path), store)
