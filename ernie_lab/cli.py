@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import get_args
+from typing import TYPE_CHECKING, get_args
 
 from ernie_lab.checkpoint import (
     CheckpointError,
@@ -17,13 +18,19 @@ from ernie_lab.checkpoint import (
     read_config_file,
 )
 from ernie_lab.checkpoint.config import ModelConfig
+from ernie_lab.checkpoint.config_json import CONFIG_NAME
 from ernie_lab.checkpoint.quantise import Scheme
 from ernie_lab.corpus.folder import CorpusError
 from ernie_lab.lab import Lab
-from ernie_lab.organisms.builtin import BuiltinError
+from ernie_lab.organisms.builtin import BUILTIN, BuiltinError
 from ernie_lab.sites import SiteError
 from ernie_lab.trace.budget import TraceTooLarge
 
+if TYPE_CHECKING:
+    import torch
+
+# Tokens of a sequence in a memory plan, unless said.
+_CONTEXT = 4096
 # Errors that say what to do; anything else is a bug and shows its traceback.
 EXPECTED = (
     BuiltinError,
@@ -64,6 +71,17 @@ def _parser() -> argparse.ArgumentParser:
     info.add_argument("--revision", help="branch, tag or commit on the hub")
     _add_ignore(info)
     info.add_argument("--sites", action="store_true", help="list every site")
+    plan = info.add_argument_group("memory plan: which placement fits which devices")
+    plan.add_argument("--devices", help="80GB, 8x80GB, 2x24GiB, or groups: 4x80GB,2x24GB")
+    plan.add_argument("--context", type=int, help=f"tokens of a sequence (default: {_CONTEXT})")
+    plan.add_argument("--batch", type=int, help="sequences at once (default: 1)")
+    plan.add_argument("--dtype", help="of weights and activations (default: the checkpoint's)")
+    plan.add_argument(
+        "--quantize",
+        choices=get_args(Scheme),
+        action="append",
+        help="also in so few bits; may be repeated",
+    )
     info.set_defaults(command=_info)
 
     run = commands.add_parser("run", help="run or continue a prompt and save what was recorded")
@@ -125,12 +143,60 @@ def _info(options: argparse.Namespace) -> None:
     from ernie_lab.describe import as_lines, config_facts
     from ernie_lab.loading import locate_source
 
+    devices = _devices(options)
     located = locate_source(options.source, options.revision, config_only=True)
     config = read_config_file(located.folder, options.ignore)
+    # First, so that a slip gets its message and nothing else.
+    plan = list(_memory_plan(options, located.folder, config, devices)) if devices else []
     kind = "vision-language" if isinstance(config, VLConfig) else "text"
     facts = {"model": f"{options.source}, {kind}"} | config_facts(config)
     print(as_lines(facts, width=14))
     _print_sites(config, every=options.sites)
+    if plan:
+        print("", *plan, sep="\n")
+
+
+def _devices(options: argparse.Namespace) -> tuple[int, ...]:
+    """None given, none; refuses what is about them without them."""
+    from ernie_lab.parallel.devices import read_devices
+
+    if options.devices is not None:
+        return read_devices(options.devices)
+    for name in ("context", "batch", "dtype", "quantize"):
+        if getattr(options, name) is not None:
+            raise ValueError(f"--{name} is about a memory plan: say --devices too, such as 8x80GB")
+    return ()
+
+
+def _memory_plan(
+    options: argparse.Namespace, folder: Path, config: ModelConfig, devices: tuple[int, ...]
+) -> Iterator[str]:
+    from ernie_lab.parallel.memory import Asked
+    from ernie_lab.parallel.memory_table import plan_lines
+
+    longest = config.decoder.rope.max_positions
+    asked = Asked(
+        _planned_dtype(options, folder),
+        min(_CONTEXT, longest) if options.context is None else options.context,
+        1 if options.batch is None else options.batch,
+    )
+    schemes = dict.fromkeys(options.quantize or ())
+    return plan_lines(config, options.source, devices, asked, tuple(schemes))
+
+
+def _planned_dtype(options: argparse.Namespace, folder: Path) -> torch.dtype:
+    """As `load` would choose it, without weights to look at: then bfloat16."""
+    import torch
+
+    from ernie_lab.loading import DTYPES
+
+    fields = json.loads((folder / CONFIG_NAME).read_text(encoding="utf-8"))
+    own = fields.get("dtype") or fields.get("torch_dtype") or "bfloat16"
+    name = options.dtype or ("float32" if options.source in BUILTIN else own)
+    if name.removeprefix("torch.") not in DTYPES:
+        raise ValueError(f"dtype={name!r} must be one of {', '.join(DTYPES)}")
+    found: torch.dtype = getattr(torch, name.removeprefix("torch."))
+    return found
 
 
 def _print_sites(config: ModelConfig, every: bool) -> None:

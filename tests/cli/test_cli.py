@@ -4,6 +4,8 @@ import json
 from pathlib import Path
 
 import pytest
+from checkpoint.released_configs import TEXT_21B
+from PIL import Image
 from support.models import small_model
 
 import ernie_lab as el
@@ -43,6 +45,38 @@ def test_info_of_a_folder_needs_no_weights(
     assert main(["info", str(tmp_path / "m")]) == 0
     n = sum(p.numel() for p in model.parameters())
     assert f"{n:,} in all" in capsys.readouterr().out
+
+
+def test_info_plans_memory(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(TEXT_21B))
+    assert main(["info", str(tmp_path), "--devices", "2x24GB", "--quantize", "nf4"]) == 0
+    out = capsys.readouterr().out
+    assert "2 x 24.0 GB" in out and "1 sequence of 4,096 tokens, bfloat16" in out
+    assert "one device, nf4" in out and "ep:2, rank 0" in out
+    assert f'Take load("{tmp_path}"' in out
+    assert main(["info", "tiny-text", "--devices", "1GiB", "--batch", "2"]) == 0
+    out = capsys.readouterr().out
+    assert "2 sequences of 2,048 tokens, float32" in out, "no more than it has positions for"
+    assert 'Take load("tiny-text").' in out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "problem"),
+    [
+        (["--context", "512"], "--context is about a memory plan: say --devices too"),
+        (["--devices", "80"], "80 of what?"),
+        (["--devices", "1GB", "--context", "4096"], "this model has positions for 2,048 tokens"),
+        (["--devices", "1GB", "--dtype", "int4"], "dtype='int4' must be one of float32"),
+        (["--devices", "1GB", "--batch", "0"], "batch=0 must be at least 1"),
+    ],
+)
+def test_slips_in_a_memory_plan_are_all_that_is_said(
+    arguments: list[str], problem: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["info", "tiny-text", *arguments]) == 2
+    said = capsys.readouterr()
+    assert problem in said.err and said.err.count("\n") == 1
+    assert not said.out
 
 
 def test_run_saves_trace_and_report(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -135,3 +169,31 @@ def test_record_goes_on_and_refuses_another_plan(
     assert main(["record", "tiny-text", str(tmp_path / "no"), "--out", str(tmp_path / "q")]) == 2
     assert "no such file or folder" in capsys.readouterr().err
     assert el.RoutingStore(tmp_path / "r").plan["rows"] == "ids"
+
+
+def test_record_pictures(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """JSONL beside its pictures, with the built-in model that sees; against the model itself."""
+    (tmp_path / "seen").mkdir()
+    Image.new("RGB", (56, 84), "red").save(tmp_path / "seen/red.png")
+    lines = [
+        {"text": "what is this?", "images": ["seen/red.png"], "domain": "seen"},
+        {"text": "nothing to see here", "domain": "read"},
+    ]
+    corpus = tmp_path / "c.jsonl"
+    corpus.write_text("\n".join(map(json.dumps, lines)))
+    record = ["record", "tiny-vl", str(corpus), "--rows", "ids", "--out", str(tmp_path / "r")]
+    assert main(record) == 0
+    assert "vision bank" in capsys.readouterr().out
+    store = el.RoutingStore(tmp_path / "r")
+    lab = el.load("tiny-vl")
+    trace = lab.run("what is this?", images=[tmp_path / "seen/red.png"], keep="routing").trace
+    n_vision = int((trace.tokens["bank"] == "vision").sum())
+    assert store.statistics("vision").n_tokens == n_vision > 0
+    n_text = len(trace) - n_vision + len(lab.run(lines[1]["text"], keep="routing").trace)
+    assert store.statistics("text").n_tokens == n_text
+    assert set(store.sql("select distinct content from tokens")["content"]) >= {"text", "image"}
+    lines[0]["images"] = ["seen/blue.png"]
+    corpus.write_text("\n".join(map(json.dumps, lines)))
+    assert main([*record[:-1], str(tmp_path / "q")]) == 2
+    said = capsys.readouterr().err
+    assert "c.jsonl, line 1 cannot be read" in said and "seen/blue.png: no such file" in said
