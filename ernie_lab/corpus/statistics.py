@@ -166,15 +166,15 @@ class Statistics:
         domains = tuple(sorted({*mine.domains, *theirs.domains}))
         if in_place and domains == mine.domains:
             for name, x in self.sums.items():
-                x += other._spread(name, domains)
+                x += other.spread(name, domains)
             return self
         joined = dataclasses.replace(mine, domains=domains)
         sums = {
-            name: self._spread(name, domains) + other._spread(name, domains) for name in self.sums
+            name: self.spread(name, domains) + other.spread(name, domains) for name in self.sums
         }
         return Statistics(joined, sums)
 
-    def _spread(self, name: str, domains: tuple[str, ...]) -> Tensor:
+    def spread(self, name: str, domains: tuple[str, ...]) -> Tensor:
         """One sum with its domain axis laid out as `domains`."""
         x = self.sums[name]
         if name not in _BY_DOMAIN or domains == self.shape.domains:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from functools import cached_property
 from os import PathLike
 from pathlib import Path
@@ -13,6 +14,7 @@ import numpy as np
 from ernie_lab.corpus.folder import CorpusError, Folder
 from ernie_lab.corpus.questions import (
     balance_of_store,
+    blocks_of,
     domain_load_of_store,
     information_of_store,
 )
@@ -27,9 +29,22 @@ if TYPE_CHECKING:
 # How far an engine whose routing was ingested agrees with the model run here.
 REFERENCE = "reference.json"
 
+Counts: TypeAlias = np.ndarray[Any, np.dtype[np.int64]]
 By: TypeAlias = Literal["domain", "position", "content", "unit"]
 
 _SHOWN = ("n_tokens", "n_windows", "seconds")
+# What counts are kept by; domains are those of the corpus.
+_AXES: dict[str, Sequence[Any]] = {"domain": (), "position": BUCKETS, "content": CONTENT}
+
+
+def counted_by(found: Statistics, by: str | None, domains: tuple[str, ...]) -> Counts:
+    """Slots `[layer expert]`, or `[layer by expert]` with the axis of `domains` laid out."""
+    if by == "content":
+        values: Counts = found.sums["content_counts"].numpy()
+        return values
+    counts_LGPE: Counts = found.spread("counts", domains).numpy()
+    over = {"domain": (2,), "position": (1,)}
+    return np.asarray(counts_LGPE.sum((1, 2) if by is None else over[by]))
 
 
 class RoutingStore:
@@ -119,18 +134,14 @@ class RoutingStore:
         import xarray as xr
 
         found = self.statistics(bank)
-        shape, counts_LGPE = found.shape, found.sums["counts"].numpy()
+        shape = found.shape
         coords: dict[str, Any] = {"layer": list(shape.layers), "expert": np.arange(shape.n_experts)}
         dims: tuple[str, ...] = ("layer", "expert") if by is None else ("layer", by, "expert")
-        if by is None:
-            values = counts_LGPE.sum((1, 2))
-        elif by == "domain":
-            values, coords["domain"] = counts_LGPE.sum(2), list(shape.domains)
-        elif by == "position":
-            values, coords["position"] = counts_LGPE.sum(1), list(BUCKETS)
-        elif by == "content":
-            values, coords["content"] = found.sums["content_counts"].numpy(), list(CONTENT)
-        elif by == "unit":
+        if by != "unit" and by is not None and by not in _AXES:
+            raise ValueError(f"by={by!r} must be None, 'domain', 'position', 'content' or 'unit'")
+        if by != "unit":
+            values = counted_by(found, by, shape.domains)
+        else:
             name = self._bank(bank)
             values = np.stack(
                 [
@@ -140,8 +151,8 @@ class RoutingStore:
                 axis=1,
             )
             coords["unit"] = list(self.units)
-        else:
-            raise ValueError(f"by={by!r} must be None, 'domain', 'position', 'content' or 'unit'")
+        if by in _AXES:
+            coords[by] = list(shape.domains if by == "domain" else _AXES[by])
         attrs = {"n_tokens": found.n_tokens, "k": shape.n_chosen, "bank": bank or ""}
         return xr.DataArray(values, dims=dims, coords=coords, name="slots", attrs=attrs)
 
@@ -155,10 +166,30 @@ class RoutingStore:
         """`el.analysis.balance_by` of the whole recording: by layer and group, each statistic
         beside what uniform routing of as many tokens gives; `el.plots.plot_balance` draws it.
 
-        Without `by` the intervals are over units, blocks of neighbouring documents; a few of them
-        tell little, and a corpus in order of its domains makes them wide. By group there are none.
+        What is drawn for the intervals are blocks: the units, which mix neighbouring documents,
+        so `n_blocks` and `block_max_violation` stand in the place of those of documents. They are
+        for corpora put together of such stretches of text; one in order of its domains makes them
+        wide, and for documents longer than a unit its units are one block. With fewer than 8
+        blocks of a group there are none; `attrs["intervals"]` says so.
         """
-        return balance_of_store(self.counts(by or "unit", bank), by, self.n_chosen)
+        return balance_of_store(self._by_block(by, self._bank(bank)), by, self.n_chosen)
+
+    def _by_block(self, by: By | None, bank: str) -> xr.DataArray:
+        """`counts` of each block of units, (block, layer, expert) or (block, layer, by, expert)."""
+        import xarray as xr
+
+        if by == "unit":
+            raise ValueError("by='unit': blocks of units are what intervals are over; leave by out")
+        like = self.counts(by, bank)
+        documents = [read_facts(self._folder, number)["documents"] for number in self.units]
+        blocks = blocks_of([(first, last) for first, last in documents])
+        values = np.zeros((len(blocks), *like.shape), dtype=np.int64)
+        for place, block in enumerate(blocks):
+            for number in self.units[block.start : block.stop]:
+                found = read_statistics(self._folder, number)[bank]
+                values[place] += counted_by(found, by, self._merged[bank].shape.domains)
+        coords = {name: like[name].values for name in like.dims}
+        return xr.DataArray(values, dims=("block", *like.dims), coords=coords)
 
     def information(self, by: By = "domain", bank: str | None = None) -> pd.DataFrame:
         """Bits that an expert tells of the domain (or position, content) of its token, by layer.

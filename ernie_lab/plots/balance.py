@@ -215,18 +215,21 @@ def _caption(table: pd.DataFrame, groups: Sequence[Any], model: str, with_interv
     sizes, k, n_experts = table["n_tokens"], int(table["k"].max()), int(table["n_experts"].max())
     n = f"{sizes.min():,}" if sizes.min() == sizes.max() else f"{sizes.min():,} to {sizes.max():,}"
     each = " in each layer and group" if len(groups) > 1 else ""
-    documents = int(table["n_documents"].max())
+    # Of a recording, blocks of documents are what was counted apart.
+    whole = "block" if "n_blocks" in table else "document"
+    n_whole = int(table[f"n_{whole}s"].max())
     band = "of as many tokens" if len(groups) == 1 else "of as many tokens as any group has"
     parts = [
         f"{model + ': ' if model else ''}N = {n} tokens{each} × {k} of {n_experts} experts, "
-        f"{'up to ' if len(groups) > 1 else ''}{documents} document{'s' if documents != 1 else ''}"
+        f"{'up to ' if len(groups) > 1 else ''}{n_whole} {whole}{'s' if n_whole != 1 else ''}"
+        f"{' of neighbouring documents' if whole == 'block' else ''}"
         f"{' each' if len(groups) > 1 else ''}.",
         f"Grey: uniform random routing {band}, 5 to 95 %; filled points are less balanced than "
         "95 % of it at their own N.",
     ]
     if with_intervals and table["max_violation_low"].notna().any():
         parts.append(
-            "Vertical lines: 95 % intervals over documents for endless text of this kind; they "
+            f"Vertical lines: 95 % intervals over {whole}s for endless text of this kind; they "
             "reach towards balance, since a finite sample looks more uneven than its source."
         )
     elif not with_intervals:
