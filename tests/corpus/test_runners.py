@@ -20,6 +20,8 @@ CORPUS = [
 ]
 SETTINGS = {"model": "tiny-text", "corpus": CORPUS, "unit_tokens": 200, "rows": "ids"}
 
+LONG = SETTINGS | {"corpus": CORPUS * 12}
+
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory) -> RoutingStore:
@@ -103,6 +105,36 @@ def test_an_actor_that_is_killed_costs_nothing(cluster, whole, tmp_path) -> None
     assert pids, "no worker was found to kill"
     assert same(store, whole)
     assert not store.status().attrs["failed"]
+
+
+@pytest.mark.slow
+def test_a_driver_that_is_killed_costs_nothing(tmp_path) -> None:
+    """SIGKILL of the process that shares out the units; its workers end by themselves."""
+    pytest.importorskip("ray")
+    code = (
+        "import sys, warnings; warnings.simplefilter('ignore')\n"
+        f"sys.path.insert(0, {str(Path(__file__).parents[1])!r})\n"
+        "from ernie_lab.corpus import RecordPlan\n"
+        "from corpus.test_runners import LONG\n"
+        "RecordPlan(folder=sys.argv[1], **LONG).run(runner='ray', workers=2, progress=False)"
+    )
+    run = [sys.executable, "-c", code, str(tmp_path / "ray")]
+    whole = RecordPlan(folder=tmp_path / "whole", **LONG).run(progress=False)
+    driver = subprocess.Popen(run)
+    units = tmp_path / "ray/units"
+    deadline = time.monotonic() + 300
+    while len(list(units.glob("0*.safetensors"))) < 3:
+        assert time.monotonic() < deadline and driver.poll() is None
+        time.sleep(0.01)
+    os.kill(driver.pid, signal.SIGKILL)
+    driver.wait()
+    n_before = len(list(units.glob("0*.safetensors")))
+    assert 3 <= n_before < len(whole.units), "there must be something left to do"
+    subprocess.run(run, check=True, timeout=600)
+    store = RoutingStore(tmp_path / "ray")
+    assert store.units == whole.units and same(store, whole)
+    found = store.sql("select count(*) n, count(distinct (doc, pos)) d from tokens")
+    assert found.values.tolist() == [[whole.statistics().n_tokens] * 2]
 
 
 def _processes() -> list[tuple[int, str]]:
