@@ -20,6 +20,7 @@ from ernie_lab.checkpoint.names import LAYOUTS, VL_LAYOUTS, stays_float32
 from ernie_lab.checkpoint.on_disk import is_streamed
 from ernie_lab.checkpoint.packing import held_bytes
 from ernie_lab.checkpoint.reader import INDEX_NAME, WEIGHTS_NAME
+from ernie_lab.checkpoint.slices import sliced_parameters
 
 # transformers opens only files that say which framework wrote them.
 _METADATA = {"format": "pt"}
@@ -52,7 +53,8 @@ def save_model(
         ValueError: no such layout for this kind of model.
         FileExistsError: the folder exists and is not empty.
         ConfigError: the config cannot be said in the fields of that layout.
-        CheckpointError: a model without weights, quantised, streamed, or of several dtypes.
+        CheckpointError: a model without weights, quantised, streamed, over several ranks, or of
+            several dtypes.
     """
     table = LAYOUTS if isinstance(config, TextConfig) else VL_LAYOUTS
     if layout not in table:
@@ -70,6 +72,12 @@ def save_model(
         raise CheckpointError(
             "the model is streamed from disk and is not saved: its checkpoint is there already. To "
             "write it in another layout or dtype, load it without placement='stream'"
+        )
+    if sliced_parameters(model):
+        raise CheckpointError(
+            "the model is over several ranks and is not saved: this one holds a part of it. Its "
+            "checkpoint is there already; to write it in another layout or dtype, load it without "
+            "placement="
         )
     if any(parameter.is_meta for parameter in model.parameters()):
         raise CheckpointError("the model is on the meta device: there are no weights to save")

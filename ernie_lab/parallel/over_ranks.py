@@ -10,16 +10,17 @@ from pathlib import Path
 
 import torch
 
-from ernie_lab.checkpoint import LoadReport, Reader, detect, fill
+from ernie_lab.checkpoint import LoadReport, Reader, detect, fill, require_memory
 from ernie_lab.checkpoint.config import ModelConfig
 from ernie_lab.model.kinds import Model, build
-from ernie_lab.parallel.attention import SplitAttention
+from ernie_lab.parallel.attention import SplitAttention, require_heads
 from ernie_lab.parallel.experts import SplitExpertBank
 from ernie_lab.parallel.messages import FOREVER, Kind, Message
 from ernie_lab.parallel.on_ray import start_actors
+from ernie_lab.parallel.placement import Placement
 from ernie_lab.parallel.processes import start_processes
 from ernie_lab.parallel.ranks import Ranks
-from ernie_lab.parallel.serving import PARTS, device_here, split
+from ernie_lab.parallel.serving import PARTS, device_here, require_room, split
 from ernie_lab.parallel.torchrun import (
     join_torchrun,
     local_rank,
@@ -54,18 +55,26 @@ def require_experts(config: ModelConfig, n_ranks: int) -> None:
 def open_over_ranks(
     config: ModelConfig,
     folder: Path,
-    n_ranks: int,
+    placement: Placement,
     *,
-    heads: bool,
     device: torch.device,
     dtype: torch.dtype,
     ignore: Sequence[str] = (),
     progress: bool = True,
 ) -> tuple[Model, LoadReport]:
-    """The model with the experts of rank 0, and what rank 0 read. All ranks load at once.
+    """The model with the parts of rank 0, and what rank 0 read. All ranks load at once.
 
-    `heads`: attention over the ranks too.
+    Raises:
+        ValueError: a model whose experts, or heads, cannot be given to so many ranks.
+        NotEnoughMemory: on some rank, told before it reads.
+        RankError: another rank failed, with its traceback.
     """
+    n_ranks, heads = placement.n_ranks, placement.heads
+    require_experts(config, n_ranks)
+    if heads:
+        require_heads(config.decoder.attention, n_ranks)
+    if device.type == "cpu" and not (under_torchrun() or on_ray()):
+        require_memory(config, dtype, device)  # all ranks together
     ranks = gather(n_ranks)
     number = next(_models)
     what = {
@@ -80,12 +89,12 @@ def open_over_ranks(
     with torch.device("meta"):
         model = build(config)
         banks, layers = split(model, 0, n_ranks, heads=heads)
+    here = device_here(device, local_rank())
+    require_room(model.parameters(), 0, dtype, here)
     with ranks.talk() as talk:
         loaded = talk.ask(dict.fromkeys(ranks.others, question), FOREVER)
-        report = fill(
-            model, reader, detect(reader.tensors.keys()), device=device_here(device, local_rank()),
-            dtype=dtype, progress=progress,
-        )  # fmt: skip
+        layout = detect(reader.tensors.keys())
+        report = fill(model, reader, layout, device=here, dtype=dtype, progress=progress)
         ranks.reports |= {rank: reply.facts for rank, reply in loaded.result().items()}
     parts: list[SplitExpertBank | SplitAttention] = [*banks, *layers]
     for part in parts:
@@ -99,7 +108,9 @@ def gather(n_ranks: int) -> Ranks:
     """The ranks: those of torchrun; actors where Ray is connected; else processes, started here."""
     if under_torchrun():
         return join_torchrun(n_ranks)
-    ray = sys.modules.get("ray")
-    if ray is not None and ray.is_initialized():
-        return start_actors(ray, n_ranks)
-    return start_processes(n_ranks)
+    return start_actors(sys.modules["ray"], n_ranks) if on_ray() else start_processes(n_ranks)
+
+
+def on_ray() -> bool:
+    """Is Ray connected? It is not imported to ask."""
+    return "ray" in sys.modules and bool(sys.modules["ray"].is_initialized())

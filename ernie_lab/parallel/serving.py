@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import os
 import socket
 import time
 import traceback
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,7 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ernie_lab.checkpoint import Reader, detect, fill, read_config_file
+from ernie_lab.checkpoint import NotEnoughMemory, Reader, detect, fill, read_config_file
+from ernie_lab.checkpoint.memory import HEADROOM, free_bytes
+from ernie_lab.display import in_words
 from ernie_lab.model.attention import Attention
 from ernie_lab.model.experts import ExpertBank
 from ernie_lab.model.kinds import Model, build
@@ -110,8 +114,9 @@ class Server:
             model = build(config)
             banks, layers = split(model, self.link.rank, self.link.n_ranks, heads=facts["heads"])
         parts: list[nn.Module] = [*(bank.own for bank in banks), *(own.own for own in layers)]
-        mine = {id(parameter) for part in parts for parameter in part.parameters()}
+        mine = {id(p): p for part in parts for p in part.parameters()}
         leave = {name for name, p in model.named_parameters() if id(p) not in mine}
+        require_room(mine.values(), self.link.rank, dtype, device)
         report = fill(
             model, reader, detect(reader.tensors.keys()), device=device, dtype=dtype,
             progress=False, leave=leave,
@@ -161,3 +166,17 @@ def device_here(device: torch.device, place: int) -> torch.device:
             f'take fewer ranks, device="{device.type}:0" to let all share one, or device="cpu"'
         )
     return torch.device(device.type, place)
+
+
+def require_room(
+    parameters: Iterable[Tensor], rank: int, dtype: torch.dtype, device: torch.device
+) -> None:
+    """Raise `NotEnoughMemory` where the parts of one rank do not fit on its device."""
+    needed = math.ceil(sum(x.numel() for x in parameters) * dtype.itemsize * HEADROOM)
+    free = free_bytes(device)
+    if free is not None and needed > free:
+        raise NotEnoughMemory(
+            f"the part of rank {rank} needs about {in_words(needed)} on {device} (weights and "
+            f"{HEADROOM - 1:.0%} room), {in_words(free)} are free; take more ranks, or a smaller "
+            "dtype"
+        )
