@@ -42,16 +42,14 @@ class Block:
         return self.by_head(self.weights_GXT / self.weights_GXT.sum(-1, keepdim=True))
 
     def reduced(
-        self, columns_TC: Float[Tensor, "t c"], top: int, edges: Sequence[int]
+        self, summed_GTC: Float[Tensor, "g t c"], top: int, edges: Sequence[int]
     ) -> dict[str, Tensor]:
-        """Every reduction, `[h s]` or `[h s …]`; see `attention_summary` for what each is."""
+        """Every reduction, `[h s]` or `[h s …]`; see `attention_summary` for what each is.
+
+        `summed_GTC` are the `summands` of all keys.
+        """
         n_keys, width = self.k_GTA.shape[1:]
-        position_T1 = torch.arange(n_keys, device=self.pos_S.device, dtype=torch.float32)[:, None]
-        beside_TC = torch.cat([torch.ones_like(position_T1), position_T1, columns_TC], dim=-1)
-        every_GTC = torch.cat(
-            [self.k_GTA, repeat(beside_TC, "t c -> g t c", g=len(self.k_GTA))], dim=-1
-        )
-        sums_GXC = self.weights_GXT @ every_GTC
+        sums_GXC = self.weights_GXT @ summed_GTC[:, :n_keys]
         normaliser_GX1 = sums_GXC[..., width : width + 1]
         means_GXC = sums_GXC / normaliser_GX1
         mean_score_GX1 = (self.q_GXA * means_GXC[..., :width]).sum(-1, keepdim=True)
@@ -75,6 +73,15 @@ class Block:
         return reduced
 
 
+def summands(k_TGA: Float[Tensor, "t g a"], columns_TC: Float[Tensor, "t c"]) -> Tensor:
+    """What weights are summed over, for every block alike: keys, 1, position, then the columns."""
+    n_keys, n_groups = k_TGA.shape[:2]
+    position_T1 = torch.arange(n_keys, device=k_TGA.device, dtype=torch.float32)[:, None]
+    beside_TC = torch.cat([torch.ones_like(position_T1), position_T1, columns_TC], dim=-1)
+    k_GTA = rearrange(k_TGA.float(), "t g a -> g t a")
+    return torch.cat([k_GTA, repeat(beside_TC, "t c -> g t c", g=n_groups)], dim=-1)
+
+
 def blocks(
     q_SHA: Float[Tensor, "s h a"],
     k_TGA: Float[Tensor, "t g a"],
@@ -83,18 +90,23 @@ def blocks(
 ) -> Iterator[Block]:
     """The queries at rising positions `pos_S`, over all keys of a sequence, in bounded memory.
 
-    `block_bytes` bounds the scores of a block; the products beside them take about as much.
+    `block_bytes` bounds the scores of a block. All blocks have theirs in the same memory (a fresh,
+    larger one for each would cost its page faults, a third of the time): what is read of a block
+    is read before the next one is asked for.
     """
     n_heads, width = q_SHA.shape[1:]
     n_keys, n_groups = k_TGA.shape[:2]
     size = max(1, block_bytes // (4 * n_heads * n_keys))
-    k_GTA = rearrange(k_TGA.float(), "t g a -> g t a")
+    k_GTA = rearrange(k_TGA.float(), "t g a -> g t a").contiguous()
+    room = k_GTA.new_empty(n_heads * min(size, len(pos_S)) * n_keys)
     for here_S, q_of_block in zip(pos_S.split(size), q_SHA.split(size), strict=True):
         q_GXA = rearrange(
             q_of_block.float() / math.sqrt(width), "s (g m) a -> g (m s) a", g=n_groups
         )
         first, end = int(here_S[0]), int(here_S[-1]) + 1
-        scores_GXT = q_GXA @ k_GTA[:, :end].mT
+        shape = (n_groups, q_GXA.shape[1], end)
+        scores_GXT = room[: math.prod(shape)].view(shape)
+        torch.bmm(q_GXA, k_GTA[:, :end].mT, out=scores_GXT)
         # Only keys after the block's first query can be later than any of its queries.
         key_T = torch.arange(first + 1, end, device=here_S.device)
         later_XT = repeat(key_T > here_S[:, None], "s t -> (m s) t", m=n_heads // n_groups)

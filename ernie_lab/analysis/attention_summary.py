@@ -19,9 +19,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from ernie_lab.analysis.attention_blocks import blocks, distance_edges
+from ernie_lab.analysis.attention_blocks import blocks, distance_edges, summands
 from ernie_lab.sites import Site
-from ernie_lab.trace.arrays import labelled, token_coords
+from ernie_lab.trace.arrays import as_numpy, labelled, token_coords
 from ernie_lab.trace.keys import lookup, require_kept
 from ernie_lab.trace.recorded import Part
 from ernie_lab.trace.tokens import Tokens
@@ -31,12 +31,12 @@ if TYPE_CHECKING:
     import xarray as xr
 
 # Scores of a block of queries: enough for products to run at full speed, far below a map.
-BLOCK_BYTES = 2**24
+BLOCK_BYTES = 2**23
 _LAST_AXIS = {
-    "mass": "group",
-    "top_key": "rank",
-    "top_weight": "rank",
-    "distance_mass": "bin",
+    "mass": ("group",),
+    "top_key": ("rank",),
+    "top_weight": ("rank",),
+    "distance_mass": ("bin",),
 }
 
 
@@ -81,22 +81,25 @@ def attention_summary(
         raise ValueError(f"top={top}: sequence {kept.sequence} has {n_keys} keys")
     names, member_TC = _members(kept, groups)
     edges = distance_edges(n_keys) if histogram else []
+    summed_GTC = summands(kept.k_TGA, member_TC)
     found = _joined(
         len(kept.pos_S),
         (
-            block.reduced(member_TC[: block.k_GTA.shape[1]], top, edges)
+            block.reduced(summed_GTC, top, edges)
             for block in blocks(kept.q_SHA, kept.k_TGA, kept.pos_S, block_bytes)
         ),
     )
     if not names:
         del found["mass"]
+    axes = {name: ("head", "query", *_LAST_AXIS.get(name, ())) for name in found}
     last = {"group": names, "rank": list(range(top)), "bin": edges}
-    arrays = {}
-    for name, values in found.items():
-        axes = [_LAST_AXIS[name]] if name in _LAST_AXIS else []
-        coords = kept.coords | {axis: last[axis] for axis in axes}
-        arrays[name] = labelled(values, ("head", "query", *axes), coords, name)
-    return xr.Dataset(arrays, attrs={"layer": kept.layer, "sequence": kept.sequence})
+    named = {axis for of_one in axes.values() for axis in of_one}
+    # One set of coordinates for all: those of a `DataArray` each would be copied and compared.
+    return xr.Dataset(
+        {name: (axes[name], as_numpy(values)) for name, values in found.items()},
+        coords=kept.coords | {axis: members for axis, members in last.items() if axis in named},
+        attrs={"layer": kept.layer, "sequence": kept.sequence},
+    )
 
 
 def attention_rows(
