@@ -7,7 +7,7 @@ import json
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, get_args
+from typing import TYPE_CHECKING, Any, get_args
 
 from ernie_lab.checkpoint import (
     CheckpointError,
@@ -109,6 +109,14 @@ def _parser() -> argparse.ArgumentParser:
     record.add_argument("--unit-tokens", type=int, default=100_000, help="committed as one")
     record.add_argument("--max-length", type=int, default=4096, help="longer texts are cut")
     record.add_argument("--batch-tokens", type=int, default=16_384, help="of one forward")
+    record.add_argument(
+        "--runner",
+        choices=["local", "ray", "torchrun"],
+        default="local",
+        help="ray: several workers, each with the model; torchrun: started by torchrun",
+    )
+    record.add_argument("--workers", type=int, default=1, help="of ray")
+    record.add_argument("--gpus-per-worker", type=float, default=0, help="of ray")
     _add_loading(record)
     record.set_defaults(command=_record)
     return parser
@@ -218,29 +226,32 @@ def _print_sites(config: ModelConfig, every: bool) -> None:
 def _load(options: argparse.Namespace) -> Lab:
     from ernie_lab.loading import load
 
-    return load(
-        options.source,
-        device=options.device,
-        dtype=options.dtype,
-        quantize=options.quantize,
-        revision=options.revision,
-        ignore=options.ignore,
-    )
+    return load(options.source, **_load_options(options))
+
+
+def _load_options(options: argparse.Namespace) -> dict[str, Any]:
+    names = ("device", "dtype", "quantize", "revision", "ignore")
+    return {name: getattr(options, name) for name in names}
 
 
 def _record(options: argparse.Namespace) -> None:
     from ernie_lab.corpus import RecordPlan
+    from ernie_lab.corpus.documents import SUFFIXES
 
+    if Path(options.source).suffix in SUFFIXES:
+        raise ValueError(f"{options.source} is a corpus; the model comes first, then the corpus")
     plan = RecordPlan(
-        model=_load(options),
+        model=options.source,
         corpus=options.corpus,
         folder=options.out,
         unit_tokens=options.unit_tokens,
         max_length=options.max_length,
         batch_tokens=options.batch_tokens,
         rows=options.rows,
+        load_options=_load_options(options),
     )
-    print(plan.run())
+    how = {"workers": options.workers, "gpus_per_worker": options.gpus_per_worker}
+    print(plan.run(runner=options.runner, **how))
 
 
 def _run(options: argparse.Namespace) -> None:

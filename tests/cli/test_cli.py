@@ -132,6 +132,7 @@ def test_no_report_of_half_a_routing(tmp_path: Path) -> None:
         (["info", "tiny_txt"], "nearest: 'tiny-text'"),
         (["info", "tiny-text", "--revision", "v2"], "has no revision; drop revision="),
         (["info", ""], "source='' is empty"),
+        (["record", "c.jsonl", "tiny-text", "--out", "x"], "the model comes first, then the"),
     ],
 )
 def test_errors_are_one_line(
@@ -169,6 +170,21 @@ def test_record_goes_on_and_refuses_another_plan(
     assert main(["record", "tiny-text", str(tmp_path / "no"), "--out", str(tmp_path / "q")]) == 2
     assert "no such file or folder" in capsys.readouterr().err
     assert el.RoutingStore(tmp_path / "r").plan["rows"] == "ids"
+
+
+def test_record_with_a_runner(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "c.txt").write_text("And God said")
+    record = ["record", "tiny-text", str(tmp_path / "c.txt"), "--out", str(tmp_path / "r")]
+    monkeypatch.delenv("RANK", raising=False)
+    assert main([*record, "--runner", "torchrun"]) == 2
+    assert "start the script with torchrun" in capsys.readouterr().err
+    assert main([*record, "--workers", "2"]) == 2
+    assert "workers and gpus_per_worker are of runner='ray'" in capsys.readouterr().err
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    assert main([*record, "--runner", "torchrun"]) == 0
 
 
 def test_record_pictures(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
