@@ -81,10 +81,11 @@ class CountingTap:
         if site.layer is None or ".moe." not in site.path:
             return x
         name = site.path.rpartition(".")[2]
+        # Layers may be on several devices; what is counted is on one.
         if site.path.endswith(".moe.bank"):
-            self._bank_N = x.flatten()
+            self._bank_N = x.flatten().to(self.places.real_N.device)
         elif name in _WATCHED:
-            self._seen[name] = x
+            self._seen[name] = x.to(self.places.real_N.device)
             if name == _WATCHED[-1]:
                 self._count(site.bank, site.layer)
         return x

@@ -91,7 +91,7 @@ class EditTap:
     # in a bank, and what edits read.
     noted: frozenset[str] = frozenset()
     _values: dict[str, Tensor] = field(default_factory=dict)
-    _kept: dict[int, dict[str, Tensor]] = field(default_factory=dict)
+    _kept: dict[tuple[int, torch.device], dict[str, Tensor]] = field(default_factory=dict)
     _past: Past = field(default_factory=Past)
 
     @classmethod
@@ -146,7 +146,7 @@ class EditTap:
         told_by = x  # of `embed`, which tells the tokens: before any edit
         for bound in self.by_path.get(site.path, ()):
             count = bound.count
-            edited = checked(site, x, count.edit.apply(site, x, self._here(bound)))
+            edited = checked(site, x, count.edit.apply(site, x, self._here(bound, x.device)))
             count.n_fired += 1
             differs = not same(edited, x)
             if differs:
@@ -161,7 +161,7 @@ class EditTap:
         # `then` records only what it wants of the on-demand sites that an edit computed.
         return self.then(site, x) if not site.on_demand or self.then.wants(site) else x
 
-    def _here(self, bound: _Bound) -> Here:
+    def _here(self, bound: _Bound, device: torch.device) -> Here:
         return Here(
             self.step,
             self._past,
@@ -169,9 +169,9 @@ class EditTap:
             self.model,
             bound.parts,
             bound.before,
-            kept=self._kept.setdefault(id(bound), {}),
+            kept=self._kept.setdefault((id(bound), device), {}),
             told=bound.count.told,
-        )
+        ).on(device)
 
     def _changes_a_token(self, site: Site, after: Tensor, before: Tensor) -> bool:
         """Is any difference on a real token? One on padding alone moves nothing."""
@@ -179,7 +179,7 @@ class EditTap:
         if self.step is None:
             return True
         differs = ~((after == before) | ((after != after) & (before != before)))
-        mask_BS = self.step.mask
+        mask_BS = self.step.mask.to(after.device)
         if site.bank is not None and site.bank_path is not None:
             if site.bank_path not in self._values:
                 return True

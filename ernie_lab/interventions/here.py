@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -60,7 +61,8 @@ class Here:
     `model` is the model that runs, `parts` are this edit's own (see `Exchange`), by path;
     `before` are those that stood there. `chosen_BS` are the tokens that the edit is narrowed to,
     None for all. `kept` belongs to this edit and this forward: what it noted at one site for
-    another. `told` belongs to the edit's count: figures for the result.
+    another. `told` belongs to the edit's count: figures for the result. All tensors are on the
+    device of the value at the site: layers may be on several.
     """
 
     step: Step | None
@@ -72,12 +74,22 @@ class Here:
     chosen_BS: Tensor | None = None
     kept: dict[str, Tensor] = field(default_factory=dict)
     told: dict[str, list[float]] = field(default_factory=dict)
+    device: torch.device | None = None
+
+    def on(self, device: torch.device) -> Here:
+        """The same, for a value that is there."""
+        if self.step is None or self.step.mask.device == device:
+            return replace(self, device=device)
+        return replace(
+            self, device=device, step=_moved(self.step, device), past=_moved(self.past, device)
+        )
 
     def value(self, path: str) -> Tensor:
         """The value that flowed at a site which the edit `reads`, earlier in this forward."""
         if path not in self.values:
             raise EditError(f"{path} has not flowed yet in this forward, or the edit reads it not")
-        return self.values[path]
+        found = self.values[path]
+        return found if self.device is None else found.to(self.device)
 
     def narrowed(self, chosen_BS: Tensor) -> Here:
         both_BS = chosen_BS if self.chosen_BS is None else self.chosen_BS & chosen_BS
@@ -148,6 +160,18 @@ class Here:
         total = self.told.setdefault(f"{name} at {site.path}", [0.0, 0])
         total[0] += float(about_N.double().sum())
         total[1] += len(about_N)
+
+
+Tokens = TypeVar("Tokens", Step, Past)
+
+
+def _moved(of: Tokens, device: torch.device) -> Tokens:
+    """All tensors of it at a device."""
+    values = {one.name: getattr(of, one.name) for one in fields(of)}
+    there: dict[str, Any] = {
+        name: x.to(device) for name, x in values.items() if isinstance(x, Tensor)
+    }
+    return replace(of, **there)
 
 
 def _unbound() -> EditError:

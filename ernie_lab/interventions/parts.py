@@ -54,6 +54,14 @@ def part_at(model: nn.Module, path: str) -> nn.Module:
     return model.get_submodule(path)
 
 
+def beside(part: nn.Module, own: nn.Module) -> nn.Module:
+    """The part, or a copy of it on the device of another part, in whose place it is to stand."""
+    theirs, mine = next(part.parameters(), None), next(own.parameters(), None)
+    if theirs is None or mine is None or theirs.device == mine.device:
+        return part
+    return copy.deepcopy(part).to(mine.device)
+
+
 def differ(one: nn.Module, other: nn.Module) -> bool:
     """Have they other weights, or another config?"""
     if one is other:
@@ -63,7 +71,7 @@ def differ(one: nn.Module, other: nn.Module) -> bool:
     mine, theirs = dict(named_weights(one)), dict(named_weights(other))
     if mine.keys() != theirs.keys():
         return True
-    return any(not _equal(mine[name], theirs[name]) for name in mine)
+    return any(not _equal(mine[name], theirs[name].to(mine[name].device)) for name in mine)
 
 
 def _equal(a: Tensor, b: Tensor) -> bool:

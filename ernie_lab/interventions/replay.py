@@ -55,7 +55,8 @@ class Replay:
         found_N = self.values.find(_TOKENS, sequence_BS.flatten(), pos_BS.flatten())
         known_N = found_N >= 0
         ids_N = self.values[_TOKENS].to(embed_BSD.device)[found_N[known_N]]
-        expected_ND = here.model.embed_VD[ids_N]
+        table_VD = here.model.embed_VD
+        expected_ND = table_VD[ids_N.to(table_VD.device)].to(embed_BSD.device)
         differ_N = (embed_BSD.flatten(0, 1)[known_N] != expected_ND).any(-1)
         if bool(differ_N.any()):
             first = known_N.nonzero().squeeze(1)[differ_N][0]

@@ -17,7 +17,7 @@ from ernie_lab.interventions import general
 from ernie_lab.interventions.donors import Donor
 from ernie_lab.interventions.draws import key_sites, normals, token_keys
 from ernie_lab.interventions.here import EditError, Here
-from ernie_lab.interventions.parts import part_at
+from ernie_lab.interventions.parts import beside, part_at
 from ernie_lab.interventions.protocol import Edit
 from ernie_lab.interventions.saying import as_call
 from ernie_lab.interventions.targets import Layers, as_layers, in_layers, siblings, true_layer
@@ -71,7 +71,8 @@ class SharedSwap:
     def parts(self, model: Model) -> Mapping[str, nn.Module]:
         sites = all_sites(model)
         i, j = (_path(true_layer(layer, sites)) for layer in (self.i, self.j))
-        return {i: part_at(model, j), j: part_at(model, i)}
+        one, other = part_at(model, i), part_at(model, j)
+        return {i: beside(other, one), j: beside(one, other)}
 
     def apply(self, site: Site, x: Tensor, here: Here, /) -> Tensor:
         return _against_own(site, x, here, self.norm_matched)
@@ -170,7 +171,8 @@ class RandomDirection:
 
 
 def swap(i: int, j: int, *, norm_matched: bool = False, **tokens: Unpack[Tokens]) -> Edit:
-    """The shared experts of layers `i` and `j` change places; no weight is copied.
+    """The shared experts of layers `i` and `j` change places; no weight is copied, but between
+    layers on different devices.
 
     The count of the edit reports the norm ratio: mean over tokens of ||donor's output|| /
     ||own output|| on the same input, from the run itself (the own part runs beside). With
