@@ -126,6 +126,7 @@ def _add_loading(command: argparse.ArgumentParser) -> None:
     command.add_argument("--device", help="cpu, cuda, cuda:1 …")
     command.add_argument("--dtype", help="float32, bfloat16, float16")
     command.add_argument("--quantize", choices=get_args(Scheme), help="weights in few bits")
+    command.add_argument("--placement", help="auto: over all devices; stream: from disk; ep:N")
     command.add_argument("--revision", help="branch, tag or commit on the hub")
     _add_ignore(command)
 
@@ -230,7 +231,7 @@ def _load(options: argparse.Namespace) -> Lab:
 
 
 def _load_options(options: argparse.Namespace) -> dict[str, Any]:
-    names = ("device", "dtype", "quantize", "revision", "ignore")
+    names = ("device", "dtype", "quantize", "placement", "revision", "ignore")
     return {name: getattr(options, name) for name in names}
 
 

@@ -115,6 +115,12 @@ def test_run_quantised(tmp_path: Path) -> None:
     assert el.Trace.load(tmp_path / "trace").provenance.details["quantize"] == "int8"
 
 
+def test_run_streamed(tmp_path: Path) -> None:
+    assert main(["run", "tiny-text", "a b", "--placement", "stream", "--out", str(tmp_path)]) == 0
+    provenance = el.Trace.load(tmp_path / "trace").provenance
+    assert "on disk" in provenance.details["placement"]
+
+
 def test_no_report_of_half_a_routing(tmp_path: Path) -> None:
     arguments = ["run", "tiny-text", "And", "--out", str(tmp_path), "--keep", "moe.router_logits"]
     assert main(arguments) == 0
