@@ -34,6 +34,7 @@ from ernie_lab.inputs import (
 from ernie_lab.inputs.visual_layout import PositionRule
 from ernie_lab.interventions.edits import Edit, EditTap
 from ernie_lab.model.kinds import Model
+from ernie_lab.parallel import over_ranks
 from ernie_lab.preparing import Images, Videos, prepare, preprocessor_of
 from ernie_lab.results import Generation, Run
 from ernie_lab.session import (
@@ -382,6 +383,13 @@ class Lab:
         vocab = self.config.decoder.vocab_size
         labels_BS = None if labels is None else aligned_labels(labels, batch, vocab)
         return forward(model or self.model, batch, tap, labels=labels_BS, logits=logits, grad=grad)
+
+    def close(self) -> None:
+        """End the processes that hold parts of this model (`placement="ep:N"`), if there are any.
+
+        So do the last reference to the model and the end of Python.
+        """
+        over_ranks.close(self.model)
 
     def __repr__(self) -> str:
         return as_lines(lab_facts(self))

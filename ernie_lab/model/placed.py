@@ -20,6 +20,8 @@ from ernie_lab.model.block import Block
 Value = TypeVar("Value")
 # A block of a streamed model says so here, because looking through its parameters takes longer.
 STREAMED = "streamed"
+# So does a block of a model over several ranks: in words, what is where.
+OVER_RANKS = "over_ranks"
 
 
 def moved(value: Value, device: torch.device) -> Value:
@@ -42,6 +44,8 @@ def device_of(block: Block) -> torch.device:
 
 def placement_of(blocks: Sequence[Block]) -> str | None:
     """Where the blocks are, in words; None where they are in memory, on one device."""
+    if blocks and OVER_RANKS in blocks[0].__dict__:
+        return str(blocks[0].__dict__[OVER_RANKS])
     if blocks and STREAMED in blocks[0].__dict__:
         n_bytes = sum(parameter.nbytes for block in blocks for parameter in on_disk(block))
         return f"{in_words(n_bytes)} of {len(blocks)} layers on disk, read in every pass"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import weakref
+from collections import Counter
 from collections.abc import Sequence
 from itertools import count
 from pathlib import Path
@@ -13,6 +14,7 @@ import torch
 from ernie_lab.checkpoint import LoadReport, Reader, detect, fill, require_memory
 from ernie_lab.checkpoint.config import ModelConfig
 from ernie_lab.model.kinds import Model, build
+from ernie_lab.model.placed import OVER_RANKS
 from ernie_lab.parallel.attention import SplitAttention, require_heads
 from ernie_lab.parallel.experts import SplitExpertBank
 from ernie_lab.parallel.messages import FOREVER, Kind, Message
@@ -99,9 +101,26 @@ def open_over_ranks(
     parts: list[SplitExpertBank | SplitAttention] = [*banks, *layers]
     for part in parts:
         part.number, part.ranks = number * PARTS + part.number, ranks
+    setattr(model.blocks[0], OVER_RANKS, _in_words(ranks, banks, heads))
     # At the end of Python the ranks end, and need not be told.
     weakref.finalize(model, ranks.tell, Message(Kind.FORGET, number)).atexit = False
     return model, report
+
+
+def _in_words(ranks: Ranks, banks: Sequence[SplitExpertBank], heads: bool) -> str:
+    held = {len(held) for bank in banks for held in bank.held}
+    each = " or ".join(map(str, sorted(held)))
+    where = Counter(f"{report['device']} of {report['host']}" for report in ranks.reports.values())
+    others = ", ".join(f"{n} on {place}" for place, n in where.items())
+    what = "experts and heads" if heads else "experts"
+    return f"{what} over {ranks.n_ranks} ranks, {each} of a bank on each; beside this one {others}"
+
+
+def close(model: Model) -> None:
+    """End the other ranks of a model, if it has any that were started for it."""
+    for part in model.modules():
+        if isinstance(part, SplitExpertBank) and part.ranks is not None:
+            part.ranks.close()
 
 
 def gather(n_ranks: int) -> Ranks:

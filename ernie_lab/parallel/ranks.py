@@ -63,7 +63,9 @@ class Ranks:
         return not self._finalizer.alive
 
     def close(self) -> None:
-        self._finalizer()
+        """End them, where they were started for one model; those of torchrun end with rank 0."""
+        if self._shared.followers:
+            self._finalizer()
 
     def talk(self) -> Talk:
         return Talk(self._shared)
@@ -91,9 +93,13 @@ class _Shared:
     waiting: set[int] = field(default_factory=set)  # ranks that have SHOWN and got no answer
     unsaid: list[Mapping[int, Message]] = field(default_factory=list)
     broken: str | None = None
+    ended: bool = False
 
     def submit(self, job: Callable[[], Any]) -> Future[Any]:
         future: Future[Any] = Future()
+        if self.ended:  # nobody would take it up
+            future.set_exception(RankError(self.broken))
+            return future
 
         def run() -> None:
             try:
@@ -211,6 +217,7 @@ def _work(jobs: queue.SimpleQueue[Callable[[], None] | None]) -> None:
 
 def _close(shared: _Shared) -> None:
     shared.broken = shared.broken or _CLOSED
+    shared.ended = True
+    shared.jobs.put(None)
     for follower in shared.followers:
         follower.stop()
-    shared.jobs.put(None)
