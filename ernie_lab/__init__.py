@@ -10,30 +10,36 @@ run.trace.expert_ids
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from ernie_lab.checkpoint import (
-    CheckpointError,
-    ConfigError,
-    ModelUnavailable,
-    NotEnoughMemory,
-    save_model,
-)
-from ernie_lab.inputs import BatchError, ImageError, PromptError, VideoError
-from ernie_lab.interventions import EditChangedNothingWarning, EditError, at, edit
-from ernie_lab.lab import Lab
-from ernie_lab.loading import load
-from ernie_lab.results import Generation, Run
-from ernie_lab.sites import Site, SiteError, all_sites
-from ernie_lab.trace.budget import TraceTooLarge
-from ernie_lab.trace.keep import keep
-from ernie_lab.trace.trace import Trace
-
 if TYPE_CHECKING:
     from ernie_lab import analysis, plots, widgets
+    from ernie_lab.checkpoint import (
+        CheckpointError,
+        ConfigError,
+        ModelUnavailable,
+        NotEnoughMemory,
+        save_model,
+    )
     from ernie_lab.corpus import CorpusError, RecordPlan, RoutingStore
     from ernie_lab.experiments import Effects, LabComparison, compare, compare_labs, effects
+    from ernie_lab.inputs import BatchError, ImageError, PromptError, VideoError
+    from ernie_lab.interventions import (
+        EditChangedNothingWarning,
+        EditError,
+        at,
+        edit,
+        experts,
+        routing,
+        shared,
+    )
     from ernie_lab.interventions import catalogue as edits
-    from ernie_lab.interventions import experts, routing, shared
     from ernie_lab.interventions.comparison import Comparison
+    from ernie_lab.lab import Lab
+    from ernie_lab.loading import load
+    from ernie_lab.results import Generation, Run
+    from ernie_lab.sites import Site, SiteError, all_sites
+    from ernie_lab.trace.budget import TraceTooLarge
+    from ernie_lab.trace.keep import keep
+    from ernie_lab.trace.trace import Trace
 
 __version__ = "0.1.0"
 
@@ -80,8 +86,24 @@ __all__ = [
 ]
 
 
-# Imported at first use: what brings matplotlib, pandas or ipywidgets, and what `load` and a run
-# can do without. Modules by the name they have here, then names by the module they come from.
+# Everything is imported at first use, torch too. Names by the module they come from, and modules
+# by the name they have here.
+_HOMES = {
+    "checkpoint": ("CheckpointError ConfigError ModelUnavailable NotEnoughMemory save_model"),
+    "corpus": "CorpusError RecordPlan RoutingStore",
+    "experiments": "Effects LabComparison compare compare_labs effects",
+    "inputs": "BatchError ImageError PromptError VideoError",
+    "interventions": "EditChangedNothingWarning EditError at edit",
+    "interventions.comparison": "Comparison",
+    "lab": "Lab",
+    "loading": "load",
+    "results": "Generation Run",
+    "sites": "Site SiteError all_sites",
+    "trace.budget": "TraceTooLarge",
+    "trace.keep": "keep",
+    "trace.trace": "Trace",
+}
+_HOME = {name: home for home, names in _HOMES.items() for name in names.split()}
 _MODULES = {
     "analysis": "analysis",
     "corpus": "corpus",
@@ -92,24 +114,13 @@ _MODULES = {
     "shared": "interventions.shared",
     "widgets": "widgets",
 }
-_HOMES = {
-    "compare": "experiments",
-    "compare_labs": "experiments",
-    "Comparison": "interventions.comparison",
-    "CorpusError": "corpus",
-    "effects": "experiments",
-    "Effects": "experiments",
-    "LabComparison": "experiments",
-    "RecordPlan": "corpus",
-    "RoutingStore": "corpus",
-}
 
 
 def __getattr__(name: str) -> Any:
     if name in _MODULES:
         found: Any = importlib.import_module(f"ernie_lab.{_MODULES[name]}")
-    elif name in _HOMES:
-        found = getattr(importlib.import_module(f"ernie_lab.{_HOMES[name]}"), name)
+    elif name in _HOME:
+        found = getattr(importlib.import_module(f"ernie_lab.{_HOME[name]}"), name)
     else:
         raise AttributeError(f"module 'ernie_lab' has no attribute {name!r}")
     globals()[name] = found

@@ -4,6 +4,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 import ernie_lab as el
 
 NAMES = [
@@ -58,24 +60,37 @@ def test_names_are_pinned() -> None:
 
 
 def test_import_is_light_and_quiet(tmp_path: Path) -> None:
-    """No pandas, xarray, matplotlib, widgets, hub or transformers; no file, thread or output.
-
-    Nor what `load` and a run can do without: it would add a tenth to what `import torch` takes.
-    """
+    """Nothing of ours or heavy is imported before its first use; no file, thread or output."""
     code = (
         "import sys, threading, ernie_lab\n"
-        "heavy = {'pandas', 'xarray', 'matplotlib', 'ipywidgets', 'anywidget', 'IPython', "
-        "'transformers', 'scipy', 'huggingface_hub', 'av', 'sentencepiece', 'PIL.ImageDraw', "
-        "'ernie_lab.experiments', 'ernie_lab.interventions.catalogue', "
-        "'ernie_lab.interventions.patching', 'ernie_lab.corpus'}\n"
-        "print(sorted(heavy & sys.modules.keys()), threading.active_count())"
+        "ours = [name for name in sys.modules if name.startswith('ernie_lab.')]\n"
+        "print(sorted({'torch', 'numpy'} & sys.modules.keys()), ours, threading.active_count())"
     )
     tmp_path.chmod(0o555)
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True
     )
-    assert done.stdout.strip() == "[] 1"
+    assert done.stdout.strip() == "[] [] 1"
     assert not list(tmp_path.iterdir())
+
+
+def test_load_imports_only_what_it_needs() -> None:
+    """No pandas, xarray, matplotlib, widgets, hub or transformers; no experiments, no catalogue."""
+    code = (
+        "import sys, ernie_lab; ernie_lab.load('tiny-text')\n"
+        "heavy = {'pandas', 'xarray', 'matplotlib', 'ipywidgets', 'anywidget', 'IPython', "
+        "'transformers', 'scipy', 'huggingface_hub', 'av', 'sentencepiece', 'PIL.ImageDraw', "
+        "'ernie_lab.experiments', 'ernie_lab.interventions.catalogue', "
+        "'ernie_lab.interventions.patching', 'ernie_lab.corpus'}\n"
+        "print(sorted(heavy & sys.modules.keys()))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_nothing_else_is_an_attribute() -> None:
+    with pytest.raises(AttributeError, match="has no attribute 'lode'"):
+        _ = el.lode
 
 
 def test_transformers_is_never_needed() -> None:
