@@ -17,8 +17,9 @@ import dataclasses
 import difflib
 import fnmatch
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence, Set
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Literal, Protocol, runtime_checkable
 
 from torch import Tensor
@@ -28,7 +29,7 @@ from ernie_lab.display import ranges
 Phase = Literal["prefill", "decode"]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Site:
     """One named quantity: where it is, which axes it has, what it means.
 
@@ -44,17 +45,22 @@ class Site:
     dtype: str = "model"
     on_demand: bool = False
 
-    @property
-    def ragged(self) -> bool:
-        return "t" in self.dims.split()
+    # Cached, because a recorder asks at each site of each forward.
+    @cached_property
+    def letters(self) -> tuple[str, ...]:
+        return tuple(self.dims.split())
 
-    @property
+    @cached_property
+    def ragged(self) -> bool:
+        return "t" in self.letters
+
+    @cached_property
     def row(self) -> str:
         """The letter of its rows: `b` (with `s`) tokens, `n` a bank's tokens, `p` patches, `i`
         frames, `o` blocks of patches, `m` image tokens."""
         return self.dims[0]
 
-    @property
+    @cached_property
     def of_pictures(self) -> bool:
         """Does it belong to the tower or the resampler, which run in a prefill with pictures?"""
         return self.row in "piom"
@@ -64,18 +70,18 @@ class Site:
         """Are its rows patches, blocks or frames of them, and no tokens?"""
         return self.row in "pio"
 
-    @property
+    @cached_property
     def bank(self) -> str | None:
         """Whose experts, in a layer that has two banks: `text` or `vision`."""
         match = re.match(r"blocks\.\d+\.moe\.(\w+)\.", self.path)
         return match.group(1) if match and self.row == "n" else None
 
-    @property
+    @cached_property
     def bank_path(self) -> str | None:
         """The path of the site that says which bank each token takes, for a site in a bank."""
         return None if self.bank is None else f"blocks.{self.layer}.moe.bank"
 
-    @property
+    @cached_property
     def layer(self) -> int | None:
         """The layer's true number in `blocks.{layer}.…`, or None outside the decoder blocks."""
         match = re.match(r"blocks\.(\d+)\.", self.path)
@@ -133,6 +139,19 @@ class BindableTap(Tap, Protocol):
     def bind(self, step: Step, /) -> Tap: ...
 
 
+@runtime_checkable
+class CandidTap(Tap, Protocol):
+    """A tap that says beforehand where it does something."""
+
+    def changes(self, paths: Set[str], /) -> bool:
+        """May it return something else than it is given, at one of these sites?"""
+        ...
+
+    def reads(self, paths: Set[str], /) -> Set[str]:
+        """Those of these sites that it has to be called at."""
+        ...
+
+
 class Idle:
     """The tap that does nothing."""
 
@@ -147,8 +166,21 @@ class Idle:
     def bind(self, step: Step, /) -> Tap:  # noqa: ARG002
         return self
 
+    def changes(self, paths: Set[str], /) -> bool:  # noqa: ARG002
+        return False
+
+    def reads(self, paths: Set[str], /) -> Set[str]:  # noqa: ARG002
+        return frozenset()
+
 
 idle = Idle()
+
+
+def may_change(tap: Tap, paths: Set[str]) -> bool:
+    """Could what flows through these sites be replaced? Of a tap that does not say: yes."""
+    # Not `isinstance`, which looks through a protocol's members anew in each layer.
+    changes = getattr(tap, "changes", None)
+    return changes is None or bool(changes(paths))
 
 
 class SiteError(KeyError):

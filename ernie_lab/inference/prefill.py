@@ -12,11 +12,13 @@ from ernie_lab.model.kinds import Model
 from ernie_lab.model.stack import Hidden
 from ernie_lab.model.text import TextModel
 from ernie_lab.model.vl import Pictures
-from ernie_lab.sites import BindableTap, Step, Tap
+from ernie_lab.sites import Step, Tap
 
 
 def bound(tap: Tap, step: Step) -> Tap:
-    return tap.bind(step) if isinstance(tap, BindableTap) else tap
+    # Not `isinstance`, which looks through a protocol's members anew in each forward.
+    bind = getattr(tap, "bind", None)
+    return tap if bind is None else bind(step)
 
 
 def prefill_step(batch: Batch) -> Step:

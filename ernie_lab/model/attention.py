@@ -13,6 +13,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from ernie_lab.checkpoint.config import AttentionConfig
 from ernie_lab.model.cache import KVCache
+from ernie_lab.model.linear import Linear
 from ernie_lab.model.rope import Rotation, rotate
 from ernie_lab.sites import Site, Tap, idle
 
@@ -67,10 +68,10 @@ class Attention(nn.Module):
         super().__init__()
         self.config = config
         heads, groups = config.n_heads * config.head_dim, config.n_kv_heads * config.head_dim
-        self.q = nn.Linear(config.width, heads, bias=config.use_bias)
-        self.k = nn.Linear(config.width, groups, bias=config.use_bias)
-        self.v = nn.Linear(config.width, groups, bias=config.use_bias)
-        self.o = nn.Linear(heads, config.width, bias=config.use_bias)
+        self.q = Linear(config.width, heads, bias=config.use_bias)
+        self.k = Linear(config.width, groups, bias=config.use_bias)
+        self.v = Linear(config.width, groups, bias=config.use_bias)
+        self.o = Linear(heads, config.width, bias=config.use_bias)
         self.sites = AttentionSites.under(path)
 
     def forward(
@@ -83,18 +84,43 @@ class Attention(nn.Module):
         tap: Tap = idle,
     ) -> Tensor:
         """`visible_BST` is True where query s may read key t; None means plain causal."""
+        q_BSHA, k_BSGA, v_BSGA = self.read(x_BSD, rotation, tap)
+        k_BTGA, v_BTGA = (k_BSGA, v_BSGA) if cache is None else cache.extend(layer, k_BSGA, v_BSGA)
+        return self.write(self.mix(q_BSHA, k_BTGA, v_BTGA, visible_BST, tap), tap)
+
+    def read(
+        self, x_BSD: Tensor, rotation: Rotation, tap: Tap = idle
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Rotated queries and keys, and values, of the new tokens."""
         at, a = self.sites, self.config.head_dim
         q_BSHA = tap(at.q, rearrange(self.q(x_BSD), "b s (h a) -> b s h a", a=a))
         k_BSGA = tap(at.k, rearrange(self.k(x_BSD), "b s (g a) -> b s g a", a=a))
         v_BSGA = tap(at.v, rearrange(self.v(x_BSD), "b s (g a) -> b s g a", a=a))
         q_BSHA = tap(at.q_rot, rotate(q_BSHA, rotation))
-        k_BSGA = tap(at.k_rot, rotate(k_BSGA, rotation))
-        k_BTGA, v_BTGA = (k_BSGA, v_BSGA) if cache is None else cache.extend(layer, k_BSGA, v_BSGA)
+        return q_BSHA, tap(at.k_rot, rotate(k_BSGA, rotation)), v_BSGA
 
-        z_BSHA = tap(at.z, self._mix(q_BSHA, k_BTGA, v_BTGA, visible_BST, tap))
-        return tap(at.attn_out, self._project(z_BSHA, tap))
+    def mix(
+        self,
+        q_BSHA: Tensor,
+        k_BTGA: Tensor,
+        v_BTGA: Tensor,
+        visible_BST: Tensor | None,
+        tap: Tap = idle,
+    ) -> Tensor:
+        """What each head gathers from the keys it may read, `[b s h a]`."""
+        return tap(self.sites.z, self._mixed(q_BSHA, k_BTGA, v_BTGA, visible_BST, tap))
 
-    def _mix(
+    def write(self, z_BSHA: Tensor, tap: Tap = idle) -> Tensor:
+        """What the heads' outputs add to the residual stream."""
+        return tap(self.sites.attn_out, self._project(z_BSHA, tap))
+
+    def results(self, z_BSHA: Tensor) -> Tensor:
+        """`[b s h d]`: what each head writes; their sum and the bias are `attn_out`."""
+        o_DHA = rearrange(self.o.weight, "d (h a) -> d h a", a=self.config.head_dim)
+        result_BSHD: Tensor = einsum(z_BSHA, o_DHA, "b s h a, d h a -> b s h d")
+        return result_BSHD
+
+    def _mixed(
         self,
         q_BSHA: Tensor,
         k_BTGA: Tensor,
@@ -125,8 +151,7 @@ class Attention(nn.Module):
 
     def _project(self, z_BSHA: Tensor, tap: Tap) -> Tensor:
         if tap.wants(self.sites.result):
-            o_DHA = rearrange(self.o.weight, "d (h a) -> d h a", a=self.config.head_dim)
-            result_BSHD = einsum(z_BSHA, o_DHA, "b s h a, d h a -> b s h d")
+            result_BSHD = self.results(z_BSHA)
             used_BSHD = tap(self.sites.result, result_BSHD)
             if not _only_shown(used_BSHD, result_BSHD):
                 summed_BSD: Tensor = used_BSHD.sum(-2)

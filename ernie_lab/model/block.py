@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from types import MappingProxyType
+from typing import Protocol
 
 from torch import Tensor, nn
 
@@ -17,9 +17,7 @@ from ernie_lab.model.moe import MoE, MoESites
 from ernie_lab.model.norm import NormSites, RMSNorm
 from ernie_lab.model.rope import Rotation
 from ernie_lab.model.router import Routing
-from ernie_lab.sites import Site, Tap
-
-NO_ROUTING: Mapping[str, Routing] = MappingProxyType({})
+from ernie_lab.sites import Site, Tap, flatten
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +34,23 @@ class BlockSites:
     resid_post: Site
 
 
+class AnotherWay(Protocol):
+    """Another way through a block, for what it serves. See `ernie_lab.model.compiled`."""
+
+    def serves(self, block: Block, resid_BSD: Tensor, cache: KVCache | None, tap: Tap) -> bool: ...
+
+    def __call__(
+        self,
+        block: Block,
+        resid_BSD: Tensor,
+        rotation: Rotation,
+        visible_BST: Tensor | None,
+        banks: BankRows | None,
+        cache: KVCache | None,
+        tap: Tap,
+    ) -> tuple[Tensor, Mapping[str, Routing]]: ...
+
+
 class Block(nn.Module):
     """resid_mid = resid_pre + attn(norm1(resid_pre)); resid_post = resid_mid + mlp(norm2(...))."""
 
@@ -43,6 +58,7 @@ class Block(nn.Module):
         super().__init__()
         path, text = f"blocks.{layer}", config.decoder
         self.layer = layer
+        self.compiled: AnotherWay | None = None
         self.norm1 = RMSNorm(text.width, text.norm_eps)
         self.attn = Attention(text.attention, f"{path}.attn")
         self.norm2 = RMSNorm(text.width, text.norm_eps)
@@ -61,6 +77,9 @@ class Block(nn.Module):
             moe=self.moe.sites if self.moe else None,
             resid_post=Site(f"{path}.resid_post", "b s d", "residual stream, after the MLP"),
         )
+        # By path without the layer.
+        self.by_name = {site.path[len(path) + 1 :]: site for site in flatten(self.sites)}
+        self.paths = frozenset(site.path for site in self.by_name.values())
 
     def forward(
         self,
@@ -72,10 +91,19 @@ class Block(nn.Module):
         tap: Tap,
     ) -> tuple[Tensor, Mapping[str, Routing]]:
         """The routing is by bank; a text model's only bank is `"text"`, a dense layer has none."""
+        if self.compiled is not None and self.compiled.serves(self, resid_pre_BSD, cache, tap):
+            return self.compiled(self, resid_pre_BSD, rotation, visible_BST, banks, cache, tap)
         at = self.sites
         resid_pre_BSD = tap(at.resid_pre, resid_pre_BSD)
         normed_BSD = self.norm1(resid_pre_BSD, at.norm1, tap)
         attn_out_BSD = self.attn(normed_BSD, rotation, visible_BST, self.layer, cache, tap)
+        return self.after(resid_pre_BSD, attn_out_BSD, banks, tap)
+
+    def after(
+        self, resid_pre_BSD: Tensor, attn_out_BSD: Tensor, banks: BankRows | None, tap: Tap
+    ) -> tuple[Tensor, Mapping[str, Routing]]:
+        """The layer from the end of its attention on."""
+        at = self.sites
         resid_mid_BSD = tap(at.resid_mid, resid_pre_BSD + attn_out_BSD)
         normed_BSD = self.norm2(resid_mid_BSD, at.norm2, tap)
         mlp_out_BSD, routings = self._mlp(normed_BSD, banks, tap)
@@ -93,7 +121,7 @@ class Block(nn.Module):
             return out_BSD, {"text": routing}
         assert self.mlp is not None
         assert self.sites.mlp is not None
-        return self.mlp(normed_BSD, self.sites.mlp, tap), NO_ROUTING
+        return self.mlp(normed_BSD, self.sites.mlp, tap), {}
 
 
 def _mixture(config: TextConfig | VLConfig, path: str) -> MoE | BankedMoE:

@@ -9,8 +9,9 @@ import torch
 from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor, nn
-from torch.nn.functional import linear, silu
+from torch.nn.functional import silu
 
+from ernie_lab.model.linear import linear, linear_into
 from ernie_lab.sites import Site, Tap, idle
 
 
@@ -44,22 +45,23 @@ class Dispatch:
 
     `N` are the tokens: `[b s]` in a text model, `[n]` in a bank of a vision-language one.
     Rows are numbered token-major: row = token * k + slot. `order_J[i]` is the row that stands
-    at place i once sorted, `place_J` its inverse, `counts` how many rows each expert has.
+    at place i once sorted, `place_J` its inverse. `experts` are those with rows, rising, and
+    `counts` how many rows each of these has.
     """
 
     order_J: Tensor
     place_J: Tensor
+    experts: list[int]
     counts: list[int]
     shape: torch.Size
 
     @classmethod
-    def of(cls, expert_ids_NK: Tensor, n_experts: int) -> Dispatch:
-        rows_J = expert_ids_NK.flatten()
-        order_J = rows_J.argsort(stable=True)
-        place_J = torch.empty_like(order_J)
-        place_J[order_J] = torch.arange(len(order_J), device=order_J.device)
-        counts = torch.bincount(rows_J, minlength=n_experts).tolist()
-        return cls(order_J, place_J, counts, expert_ids_NK.shape)
+    def of(cls, expert_ids_NK: Tensor) -> Dispatch:
+        sorted_J, order_J = expert_ids_NK.flatten().sort(stable=True)
+        experts, counts = sorted_J.unique_consecutive(return_counts=True)
+        return cls(
+            order_J, order_J.argsort(), experts.tolist(), counts.tolist(), expert_ids_NK.shape
+        )
 
     def by_expert(self, rows_NKX: Tensor) -> Tensor:
         return rows_NKX.flatten(0, -2).index_select(0, self.order_J)
@@ -100,10 +102,44 @@ class ExpertBank(nn.Module):
         at: ExpertSites,
         tap: Tap = idle,
     ) -> Tensor:
-        # Unbound once: indexing per expert would make the backward pass add E full-sized gradients.
-        gate_up = rearrange(self.gate_up_E2FD, "e two f d -> e (two f) d").unbind()
-        down = self.down_EDF.unbind()
+        if torch.compiler.is_compiling():
+            args = expert_ids_NK, expert_weights_NK, self.gate_up_E2FD, self.down_EDF
+            return gather_experts(x_ND, *args, at, tap)
+        gate_up_E = rearrange(self.gate_up_E2FD, "e two f d -> e (two f) d")
+        gate_up: Matrices = gate_up_E
+        down: Matrices = self.down_EDF
+        if torch.is_grad_enabled():
+            # Indexing per expert would make the backward pass add E full-sized gradients.
+            gate_up, down = gate_up_E.unbind(), self.down_EDF.unbind()
         return run_experts(x_ND, expert_ids_NK, expert_weights_NK, gate_up, down, at, tap)
+
+
+def gather_experts(
+    x_ND: Tensor,
+    expert_ids_NK: Tensor,
+    expert_weights_NK: Tensor,
+    gate_up_E2FD: Tensor,
+    down_EDF: Tensor,
+    at: ExpertSites,
+    tap: Tap = idle,
+) -> Tensor:
+    """The forward of a bank for few rows, to be compiled: each row reads its experts' matrices.
+
+    The same sites as `run_experts`. Not for eager use, which would copy every chosen matrix.
+    """
+    x_N11D = rearrange(x_ND, "... d -> ... 1 1 1 d")
+    gate_up_NK2F = (gate_up_E2FD[expert_ids_NK] * x_N11D).sum(-1)
+    gate_NKF, up_NKF = gate_up_NK2F.unbind(-2)
+    gate_NKF, up_NKF = _tapped(tap, at.gate, gate_NKF), _tapped(tap, at.up, up_NKF)
+    act_NKF = _tapped(tap, at.act, silu(gate_NKF) * up_NKF)
+    out_NKD = (down_EDF[expert_ids_NK] * rearrange(act_NKF, "... f -> ... 1 f")).sum(-1)
+    out_NKD = _tapped(tap, at.out, out_NKD)
+    slot_NKD = out_NKD * rearrange(expert_weights_NK, "... k -> ... k 1")
+    return _tapped(tap, at.slot_out, slot_NKD).sum(-2)
+
+
+def _tapped(tap: Tap, site: Site, x: Tensor) -> Tensor:
+    return tap(site, x) if tap.wants(site) else x
 
 
 @runtime_checkable
@@ -124,15 +160,9 @@ def run_experts(
     tap: Tap = idle,
 ) -> Tensor:
     """The forward of a bank. `gate_up[e]` is `[(2 f) d]`, `down[e]` is `[d f]`."""
-    k = expert_ids_NK.shape[-1]
-    rows = Dispatch.of(expert_ids_NK, len(down))
-    # Row // k is the row's token, so no copy of x per slot is ever made in token order.
-    x_JD = rearrange(x_ND, "... d -> (...) d").index_select(0, rows.order_J // k)
-    gate_up_J2F = grouped_linear(x_JD, gate_up, rows.counts).unflatten(-1, (2, -1))
-    gate_JF = rows.tap(tap, at.gate, gate_up_J2F[:, 0])
-    up_JF = rows.tap(tap, at.up, gate_up_J2F[:, 1])
-    act_JF = rows.tap(tap, at.act, silu(gate_JF) * up_JF)
-    out_NKD = rows.by_token(grouped_linear(act_JF, down, rows.counts))
+    rows = Dispatch.of(expert_ids_NK)
+    act_JF = _neurons(x_ND, gate_up, rows, at, tap)
+    out_NKD = rows.by_token(grouped_linear(act_JF, down, rows))
     if tap.wants(at.out):
         out_NKD = tap(at.out, out_NKD)
     slot_NKD = out_NKD * rearrange(expert_weights_NK, "... k -> ... k 1")
@@ -141,9 +171,33 @@ def run_experts(
     return slot_NKD.sum(-2)
 
 
-def grouped_linear(
-    x_JD: Float[Tensor, "j d"], matrices: Matrices, counts: list[int]
+def _neurons(
+    x_ND: Tensor, gate_up: Matrices, rows: Dispatch, at: ExpertSites, tap: Tap
 ) -> Float[Tensor, "j f"]:
-    """Rows sorted by expert, each times its expert's `[f d]`; `counts[e]` rows are expert e's."""
-    parts = [linear(rows, matrices[e]) for e, rows in enumerate(x_JD.split(counts)) if len(rows)]
-    return torch.cat(parts) if parts else x_JD.new_empty(0, len(matrices[0]))
+    """silu(gate) * up of the rows. By itself, so that what it needs is let go before `down`."""
+    # Row // k is the row's token, so no copy of x per slot is ever made in token order.
+    token_J = rows.order_J // rows.shape[-1]
+    x_JD = rearrange(x_ND, "... d -> (...) d").index_select(0, token_J)
+    gate_up_J2F = grouped_linear(x_JD, gate_up, rows).unflatten(-1, (2, -1))
+    gate_JF = rows.tap(tap, at.gate, gate_up_J2F[:, 0])
+    up_JF = rows.tap(tap, at.up, gate_up_J2F[:, 1])
+    return rows.tap(tap, at.act, silu(gate_JF) * up_JF)
+
+
+def grouped_linear(
+    x_JD: Float[Tensor, "j d"], matrices: Matrices, rows: Dispatch
+) -> Float[Tensor, "j f"]:
+    """Rows sorted by expert, each times its expert's `[f d]`."""
+    by_expert = zip(x_JD.split(rows.counts), rows.experts, strict=True)
+    if torch.is_grad_enabled() or len(rows.experts) < 2:
+        parts = [linear(own_ND, matrices[e]) for own_ND, e in by_expert]
+        return torch.cat(parts) if parts else x_JD.new_empty(0, len(matrices[0]))
+    # Each product goes to its place while it is in the cache, and its memory to the next one.
+    own_ND, e = next(by_expert)
+    first_NF = linear(own_ND, matrices[e])
+    out_JF = first_NF.new_empty(len(x_JD), first_NF.shape[1])
+    places = iter(out_JF.split(rows.counts))
+    next(places).copy_(first_NF)
+    for out_NF, (own_ND, e) in zip(places, by_expert, strict=True):
+        linear_into(out_NF, own_ND, matrices[e])
+    return out_JF

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 from torch.nn.functional import silu
 
+from ernie_lab.model.linear import Linear
 from ernie_lab.sites import Site, Tap, idle
 
 
@@ -35,9 +36,9 @@ class GatedMLP(nn.Module):
 
     def __init__(self, width: int, hidden: int, use_bias: bool) -> None:
         super().__init__()
-        self.gate = nn.Linear(width, hidden, bias=use_bias)
-        self.up = nn.Linear(width, hidden, bias=use_bias)
-        self.down = nn.Linear(hidden, width, bias=use_bias)
+        self.gate = Linear(width, hidden, bias=use_bias)
+        self.up = Linear(width, hidden, bias=use_bias)
+        self.down = Linear(hidden, width, bias=use_bias)
 
     def forward(self, x_BSD: Tensor, at: MLPSites, tap: Tap = idle) -> Tensor:
         gate_BSF = tap(at.gate_proj, self.gate(x_BSD))

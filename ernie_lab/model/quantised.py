@@ -13,12 +13,12 @@ from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import linear
 
 from ernie_lab.checkpoint.on_disk import is_streamed
 from ernie_lab.checkpoint.packing import packed_parameters
 from ernie_lab.checkpoint.quantise import Quantisation, Scheme
 from ernie_lab.model.experts import ExpertBank, ExpertSites, run_experts
+from ernie_lab.model.linear import linear
 from ernie_lab.model.packed import PackedMatrices
 from ernie_lab.sites import Tap, idle
 

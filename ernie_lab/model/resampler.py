@@ -13,6 +13,7 @@ from torch.nn.functional import gelu
 
 from ernie_lab.checkpoint.config import ConfigError, VLConfig
 from ernie_lab.inputs.media import SPATIAL_MERGE, TEMPORAL_MERGE, Grid
+from ernie_lab.model.linear import Linear
 from ernie_lab.model.norm import NormSites, RMSNorm
 from ernie_lab.model.vision import LayerNorm
 from ernie_lab.sites import Site, Tap, idle
@@ -32,8 +33,8 @@ class MergeMLP(nn.Module):
 
     def __init__(self, n_in: int, n_out: int, eps: float) -> None:
         super().__init__()
-        self.up = nn.Linear(n_in, n_out)
-        self.down = nn.Linear(n_out, n_out)
+        self.up = Linear(n_in, n_out)
+        self.down = Linear(n_out, n_out)
         self.norm = LayerNorm(n_out, eps)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -60,7 +61,7 @@ class Resampler(nn.Module):
         width = vision.width * vision.merge_size**2
         self.spatial = MergeMLP(width, width, vision.norm_eps)
         self.temporal = MergeMLP(width * vision.temporal_merge_size, width, vision.norm_eps)
-        self.project = nn.Linear(width, text.width)
+        self.project = Linear(width, text.width)
         self.norm = RMSNorm(text.width, text.norm_eps)
         self.sites = ResamplerSites(
             spatial=Site("resampler.spatial", "o x", "2 x 2 patches merged, each frame apart"),

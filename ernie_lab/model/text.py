@@ -6,11 +6,12 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import embedding, linear
+from torch.nn.functional import embedding
 
 from ernie_lab.checkpoint.config import TextConfig
 from ernie_lab.model.block import Block, BlockSites
 from ernie_lab.model.cache import KVCache
+from ernie_lab.model.linear import linear
 from ernie_lab.model.losses import next_token_loss
 from ernie_lab.model.moe import MoE
 from ernie_lab.model.norm import NormSites, RMSNorm

@@ -15,6 +15,7 @@ from torch.nn.functional import layer_norm, scaled_dot_product_attention
 from ernie_lab.checkpoint.config import VisionConfig
 from ernie_lab.inputs.media import Grid
 from ernie_lab.model.frames import Frames, patch_positions
+from ernie_lab.model.linear import Linear
 from ernie_lab.sites import Site, Tap, idle
 
 
@@ -144,8 +145,8 @@ class VisionAttention(nn.Module):
     def __init__(self, config: VisionConfig, path: str) -> None:
         super().__init__()
         self.n_heads, self.head_dim = config.n_heads, config.width // config.n_heads
-        self.qkv = nn.Linear(config.width, 3 * config.width)
-        self.o = nn.Linear(config.width, config.width)
+        self.qkv = Linear(config.width, 3 * config.width)
+        self.o = Linear(config.width, config.width)
         self.sites = VisionAttentionSites.under(path)
 
     def forward(
@@ -217,8 +218,8 @@ class VisionMLP(nn.Module):
 
     def __init__(self, width: int, hidden: int, path: str) -> None:
         super().__init__()
-        self.up = nn.Linear(width, hidden)
-        self.down = nn.Linear(hidden, width)
+        self.up = Linear(width, hidden)
+        self.down = Linear(hidden, width)
         self.sites = VisionMLPSites.under(path)
 
     def forward(self, x_PW: Tensor, tap: Tap = idle) -> Tensor:
@@ -266,7 +267,7 @@ class VisionTower(nn.Module):
         super().__init__()
         self.config = config
         n_pixels = config.in_channels * config.patch_size**2
-        self.patch_embed = nn.Linear(n_pixels, config.width, bias=False)
+        self.patch_embed = Linear(n_pixels, config.width, bias=False)
         blocks = [VisionBlock(config, layer) for layer in range(config.depth)]
         self.blocks = nn.ModuleList(blocks)
         self.final_norm = LayerNorm(config.width, config.norm_eps)

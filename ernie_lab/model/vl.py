@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from einops import rearrange, repeat
 from torch import Tensor, nn
-from torch.nn.functional import embedding, linear
+from torch.nn.functional import embedding
 
 from ernie_lab.checkpoint.config import VisualIds, VLConfig
 from ernie_lab.inputs.media import Grid
@@ -16,6 +16,7 @@ from ernie_lab.inputs.visual_layout import PositionRule, VisualLayout, visual_la
 from ernie_lab.model.banks import BankedMoE, BankRows
 from ernie_lab.model.block import Block, BlockSites
 from ernie_lab.model.cache import KVCache
+from ernie_lab.model.linear import linear
 from ernie_lab.model.losses import next_token_loss
 from ernie_lab.model.norm import NormSites, RMSNorm
 from ernie_lab.model.resampler import Resampler, ResamplerSites

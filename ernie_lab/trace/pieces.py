@@ -58,7 +58,7 @@ def cut(rule: KeptSite, step: StepRows, rows: Rows | None, x: Tensor) -> tuple[T
         return (_converted(_of_heads(x, rule, axis=1).clone(), rule),)
     if not rule.site.ragged:
         x_N = x.flatten(0, 1) if rule.site.row == "b" else x
-        kept = x_N.index_select(0, rows.flat_N.to(x.device))
+        kept = x_N.clone() if rows.is_all else x_N.index_select(0, rows.flat_N.to(x.device))
         return (_converted(_of_heads(kept, rule, axis=1), rule),)
     pieces = []
     for x_HST, queries, keys in zip(x, rows.columns, step.keys, strict=True):
@@ -69,25 +69,23 @@ def cut(rule: KeptSite, step: StepRows, rows: Rows | None, x: Tensor) -> tuple[T
 
 def check_shape(site: Site, step: StepRows, x: Tensor, bank: Subset | None = None) -> None:
     """Raise where a value has not the rows that the step tells of."""
-    letters = site.dims.split()
     if site.of_pictures:
         _check_pictures(site, step, x)
     elif site.bank is not None:
         assert bank is not None
-        if x.ndim != len(letters) or len(x) != len(bank):
+        if x.ndim != len(site.letters) or len(x) != len(bank):
             raise ValueError(
                 f"{site.path} has shape {list(x.shape)}, but its dims {site.dims!r} and the bank "
                 f"of each token ask for {len(bank)} rows"
             )
-    elif letters[:2] == ["b", "s"] or letters == ["b", "h", "s", "t"]:
+    elif site.letters[:2] == ("b", "s") or site.letters == ("b", "h", "s", "t"):
         _check_tokens(site, step, x)
     else:
         raise ValueError(f"cannot record {site.path}: its dims are {site.dims!r}, not token rows")
 
 
 def _check_tokens(site: Site, step: StepRows, x: Tensor) -> None:
-    letters = site.dims.split()
-    n_queries = x.shape[letters.index("s")] if x.ndim == len(letters) else None
+    n_queries = x.shape[site.letters.index("s")] if x.ndim == len(site.letters) else None
     if n_queries is None or (x.shape[0], n_queries) != step.shape:
         hint = (
             "; the forward computed logits for some positions only: use logits='all' to keep them"
@@ -114,7 +112,7 @@ def _check_pictures(site: Site, step: StepRows, x: Tensor) -> None:
         "m": len(step.image_tokens),
         "i": len(lengths),
     }[site.row]
-    fits = x.ndim == len(site.dims.split()) and len(x) == n_rows
+    fits = x.ndim == len(site.letters) and len(x) == n_rows
     if site.row == "i":
         fits = fits and x.shape[2:] == (max(lengths, default=0),) * 2
     if not fits:
@@ -137,7 +135,8 @@ def _of_heads(x: Tensor, rule: KeptSite, axis: int) -> Tensor:
 
 def _converted(x: Tensor, rule: KeptSite) -> Tensor:
     dtype = rule.dtype if rule.dtype and x.is_floating_point() else x.dtype
-    return x.to(device=rule.device, dtype=dtype)
+    there = dtype is x.dtype and x.is_cpu and rule.device == "cpu"
+    return x if there else x.to(rule.device, dtype)
 
 
 def future_fill(site: Site) -> float:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence, Set
 from itertools import accumulate
 from typing import Any
 
@@ -40,6 +40,7 @@ class Recorder:
         self.paths = keep.paths
         self.rules = {rule.site.path: rule for rule in keep.kept}
         self.bank_paths = frozenset(rule.site.bank_path for rule in keep.kept if rule.site.bank)
+        self.listens = self.bank_paths.union(self.rules)
         self._filters = {rule.positions for rule in keep.kept}
         self._ragged = any(rule.site.ragged for rule in keep.kept)
         self._steps: list[StepRows] = []
@@ -198,6 +199,12 @@ class _StepRecorder:
 
     def wants(self, site: Site, /) -> bool:
         return site.path in self._recorder.paths
+
+    def changes(self, paths: Set[str], /) -> bool:  # noqa: ARG002
+        return False
+
+    def reads(self, paths: Set[str], /) -> Set[str]:
+        return paths & self._recorder.listens
 
     def __call__(self, site: Site, x: Tensor, /) -> Tensor:
         if site.path in self._recorder.bank_paths:

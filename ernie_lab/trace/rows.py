@@ -25,13 +25,14 @@ class Rows:
 
     `flat_N` indexes the rows of a value: the forward's `(b s)`, or those of a `Subset`;
     `sequence_N` and `pos_N` say which token each row is. `columns` are the same rows again as
-    one index per sequence.
+    one index per sequence. `is_all`: they are all of a forward, in their order.
     """
 
     flat_N: Tensor
     sequence_N: Tensor
     pos_N: Tensor
     columns: tuple[Tensor, ...] = ()
+    is_all: bool = False
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -60,6 +61,9 @@ class Subset:
             sequence_N=rows.sequence_N[mine_N],
             pos_N=rows.pos_N[mine_N],
         )
+
+
+NO_TOKENS = Subset(torch.zeros(0, dtype=torch.bool))
 
 
 def bank_members(bank_BS: Tensor) -> dict[str, Subset]:
@@ -141,6 +145,8 @@ def _like_mask(name: str, given: Tensor | None, mask_BS: Tensor) -> Tensor | Non
 
 
 def _image_tokens(modality_BS: Tensor | None, mask_BS: Tensor, grids: tuple[Grid, ...]) -> Subset:
+    if modality_BS is None and not grids:
+        return NO_TOKENS
     none_BS = torch.zeros_like(mask_BS)
     tokens = Subset.of(none_BS if modality_BS is None else (modality_BS != TEXT) & mask_BS)
     if len(tokens) != (needed := sum(grid.n_tokens for grid in grids)):
@@ -158,6 +164,7 @@ def _rows(real_BS: Tensor, pos_BS: Tensor, device: torch.device, ragged: bool) -
         sequence_N=sequence_N,
         pos_N=pos_BS[real_BS],
         columns=tuple(_where(real_S, device) for real_S in real_BS) if ragged else (),
+        is_all=len(sequence_N) == real_BS.numel(),
     )
 
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 from checkpoint.files import random_tensors, write_sharded
 from support.models import small_config
-from torch import Tensor, nn
+from torch import Tensor
 
 import ernie_lab as el
 from ernie_lab.checkpoint import CheckpointError, save_model, weight_bytes, write_config
@@ -23,6 +23,7 @@ from ernie_lab.interventions.fingerprint import fingerprint
 from ernie_lab.lab import Lab
 from ernie_lab.model.experts import ExpertBank
 from ernie_lab.model.kinds import build
+from ernie_lab.model.linear import Linear
 from ernie_lab.model.packed import PackedMatrices
 from ernie_lab.model.quantised import QuantisedExpertBank, named_weights, quantise
 
@@ -175,7 +176,7 @@ def test_bytes_are_those_of_the_tensors_and_of_the_estimate(
     assert {"embed", "router", "vision_router", "norms"} <= held.kept.keys()
     kinds = {type(part) for part in lab.model.modules()}
     assert ExpertBank not in kinds and QuantisedExpertBank in kinds
-    assert (nn.Linear in {type(p) for p in lab.model.vision.blocks.modules()}) == (not also)  # type: ignore[union-attr]
+    assert (Linear in {type(p) for p in lab.model.vision.blocks.modules()}) == (not also)  # type: ignore[union-attr]
     assert f"in {scheme} (" in repr(lab) and "kept (" in repr(lab)
 
 
