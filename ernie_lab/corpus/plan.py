@@ -25,6 +25,7 @@ from ernie_lab.interventions.fingerprint import fingerprint
 from ernie_lab.interventions.storing import to_json
 from ernie_lab.lab import Lab
 from ernie_lab.loading import load
+from ernie_lab.parallel.over_ranks import is_over_ranks
 from ernie_lab.sites import all_sites
 from ernie_lab.trace.provenance import Provenance
 
@@ -151,6 +152,11 @@ class RecordPlan:
         if runner != "ray" and (workers != 1 or gpus_per_worker):
             raise ValueError(f"workers and gpus_per_worker are of runner='ray', not {runner!r}")
         lab, folder = self.lab(), Folder(Path(self.folder).expanduser())
+        if runner == "torchrun" and is_over_ranks(lab.model):
+            raise ValueError(
+                "runner='torchrun' gives each rank a model and units of its own, but this model is "
+                "over the ranks: rank 0 records all of it, with runner='local'"
+            )
         _refuse_moved(self._edits, lab, self.rows)
         if isinstance(self.corpus, str | Path):  # a misspelt path must leave no folder behind
             next(read_documents(self.corpus), None)

@@ -1,6 +1,7 @@
 """What ranks say to each other: a few numbers and tensors, over a gloo group of torch.distributed.
 
-A message is a header of fixed size and one buffer of bytes. Tensors of a GPU travel through the
+A message is a first piece of fixed size, which begins with a header and has room for the tensors of
+a few tokens, and a second one where these do not fit. Tensors of a GPU travel through the
 memory of the host, so every device will do; NCCL is not used (two GPUs with a link between them
 could pass the buffer on directly, here in `Link`). Nothing is pickled.
 """
@@ -32,6 +33,9 @@ _ALIGNED = 16
 _MOST_TENSORS, _MOST_DIMS = 6, 4
 _PER_TENSOR = 2 + _MOST_DIMS
 _HEADER = 4 + _MOST_TENSORS * _PER_TENSOR
+# Handing over a message takes longer than so many bytes do.
+_FIRST = 1 << 15
+_ROOM = _FIRST - 8 * _HEADER
 
 
 class Kind(IntEnum):
@@ -88,22 +92,21 @@ class Link:
         """To several ranks at once."""
         works, alive = [], []
         for rank, message in messages.items():
-            header, payload = _packed(message)
-            alive.append((header, payload))
-            works.append(self._group.send([header], rank, 0))
-            if len(payload):
-                works.append(self._group.send([payload], rank, 0))
+            pieces = _packed(message)
+            alive.append(pieces)  # until it is sent
+            works += [self._group.send([piece], rank, 0) for piece in pieces]
         for work in works:
             work.wait(TIMEOUT)
 
     def receive(self, rank: int, timeout: datetime.timedelta = TIMEOUT) -> Message:
-        header = torch.empty(_HEADER, dtype=torch.int64)
-        self._group.recv([header], rank, 0).wait(timeout)
-        kind, number, flags, n_tensors, *rest = header.tolist()
+        first = torch.empty(_FIRST, dtype=torch.uint8)
+        self._group.recv([first], rank, 0).wait(timeout)
+        kind, number, flags, n_tensors, *rest = first[: 8 * _HEADER].view(torch.int64).tolist()
         outlines = [_outline(rest[i * _PER_TENSOR :][:_PER_TENSOR]) for i in range(n_tensors)]
         sizes = [_padded(dtype, shape) for dtype, shape in outlines]
-        payload = torch.empty(sum(sizes), dtype=torch.uint8)
-        if len(payload):
+        payload = first[8 * _HEADER :][: sum(sizes)]
+        if sum(sizes) > _ROOM:
+            payload = torch.empty(sum(sizes), dtype=torch.uint8)
             self._group.recv([payload], rank, 0).wait(timeout)
         tensors = [
             _unpacked(part, dtype, shape)
@@ -112,7 +115,7 @@ class Link:
         return Message(Kind(kind), number, flags, tuple(tensors))
 
 
-def _packed(message: Message) -> tuple[Tensor, Tensor]:
+def _packed(message: Message) -> list[Tensor]:
     header = [message.kind, message.number, message.flags, len(message.tensors)]
     parts = []
     for x in message.tensors:
@@ -121,8 +124,11 @@ def _packed(message: Message) -> tuple[Tensor, Tensor]:
         raw = x.detach().cpu().contiguous().view(-1).view(torch.uint8)
         parts += [raw, raw.new_zeros(_padded(x.dtype, shape) - len(raw))]
     header += [0] * (_HEADER - len(header))
-    payload = torch.cat(parts) if parts else torch.empty(0, dtype=torch.uint8)
-    return torch.tensor(header, dtype=torch.int64), payload
+    begin = torch.tensor(header, dtype=torch.int64).view(torch.uint8)
+    size = sum(map(len, parts))
+    if size > _ROOM:
+        return [torch.cat([begin, begin.new_empty(_ROOM)]), torch.cat(parts)]
+    return [torch.cat([begin, *parts, begin.new_empty(_ROOM - size)])]
 
 
 def _outline(numbers: list[int]) -> tuple[torch.dtype, tuple[int, ...]]:

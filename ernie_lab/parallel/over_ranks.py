@@ -116,6 +116,10 @@ def _in_words(ranks: Ranks, banks: Sequence[SplitExpertBank], heads: bool) -> st
     return f"{what} over {ranks.n_ranks} ranks, {each} of a bank on each; beside this one {others}"
 
 
+def is_over_ranks(model: Model) -> bool:
+    return any(isinstance(part, SplitExpertBank) for part in model.modules())
+
+
 def close(model: Model) -> None:
     """End the other ranks of a model, if it has any that were started for it."""
     for part in model.modules():

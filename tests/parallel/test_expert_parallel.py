@@ -130,6 +130,8 @@ def test_a_corpus(load_over_two: Load, tmp_path: Path) -> None:
         plan = el.RecordPlan(model=lab, corpus=[TEXT, SHORT] * 4, folder=tmp_path / name)
         found.append(plan.run(progress=False).load())
     assert found[0].equals(found[1])
+    with pytest.raises(ValueError, match="rank 0 records all of it, with runner='local'"):
+        plan.run(runner="torchrun", progress=False)
 
 
 # ------------------------------------------------------------------ what each rank holds
