@@ -25,7 +25,7 @@ from ernie_lab.model.cache import KVCache
 from ernie_lab.model.kinds import Model
 from ernie_lab.model.rope import Rotation
 from ernie_lab.model.stack import block_list
-from ernie_lab.parallel.experts import NO_GRADIENTS
+from ernie_lab.parallel.experts import NO_GRADIENTS, require_unchanged
 from ernie_lab.parallel.layouts import head_axis
 from ernie_lab.parallel.messages import Kind, Message
 from ernie_lab.parallel.ranks import Ranks, Talk
@@ -85,6 +85,12 @@ class SplitAttention(nn.Module):
     @property
     def o(self) -> nn.Linear:
         raise ValueError(self._not_here("o"))
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SplitAttention:
+        if self.ranks is not None:
+            require_unchanged(fn, self.own.o.weight)
+        super()._apply(fn, recurse)
+        return self
 
     def _not_here(self, name: str) -> str:
         return (

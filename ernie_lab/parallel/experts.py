@@ -61,6 +61,12 @@ class SplitExpertBank(nn.Module):
     def down_EDF(self) -> Tensor:  # noqa: N802
         raise ValueError(self._not_here("down_EDF"))
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SplitExpertBank:
+        if self.ranks is not None:
+            require_unchanged(fn, self.own.down_EDF)
+        super()._apply(fn, recurse)
+        return self
+
     def _not_here(self, name: str) -> str:
         return (
             f"{name} is in pieces: its experts are held by {len(self.held)} ranks, and rank 0 has "
@@ -214,6 +220,16 @@ class _Showing:
 
     def __call__(self, site: Site, x: Tensor, /) -> Tensor:
         return self.show(x) if self.wants(site) else x
+
+
+def require_unchanged(fn: Callable[[Tensor], Tensor], weights: Tensor) -> None:
+    """Refuse `.to(...)` of a part of a model whose other parts are out of its reach."""
+    kept, moved = weights.detach()[:0], fn(weights.detach()[:0])
+    if (moved.dtype, moved.device) != (kept.dtype, kept.device):
+        raise ValueError(
+            f"this model is over several ranks, {kept.dtype} on {kept.device} here: choose dtype "
+            "and device with load(..., dtype=, device=). It is not usable any more; load it again"
+        )
 
 
 def split_experts(model: Model, rank: int, n_ranks: int) -> list[SplitExpertBank]:

@@ -9,6 +9,7 @@ function, and recordings are where they are wanted.
 from __future__ import annotations
 
 import datetime
+import os
 import queue
 import threading
 import weakref
@@ -94,6 +95,7 @@ class _Shared:
     unsaid: list[Mapping[int, Message]] = field(default_factory=list)
     broken: str | None = None
     ended: bool = False
+    owner: int = field(default_factory=os.getpid)
 
     def submit(self, job: Callable[[], Any]) -> Future[Any]:
         future: Future[Any] = Future()
@@ -168,6 +170,8 @@ class Talk:
         self._shared = shared
 
     def __enter__(self) -> Talk:
+        if os.getpid() != self._shared.owner:  # the thread that talks was not copied
+            raise RankError("a model over ranks is of the process that loaded it, not of its forks")
         self._shared.lock.acquire()
         if self._shared.talking:
             self._shared.lock.release()

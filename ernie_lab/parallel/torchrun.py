@@ -2,7 +2,13 @@
 
 All of them run the same script. Rank 0 goes on with it after `load`; the others stay in `load`,
 serve, and leave Python when rank 0 does. So a script is written for one process, prints once and
-writes each file once.
+writes each file once:
+
+    torchrun --nproc-per-node 8 script.py
+    torchrun --nnodes 2 --nproc-per-node 8 --rdzv-backend c10d --rdzv-endpoint HOST:29400 script.py
+
+The second, over machines that all see the model's folder, is so in principle: it was run on one
+machine alone. GLOO_SOCKET_IFNAME names the network to use, where a machine has several.
 """
 
 from __future__ import annotations

@@ -1,6 +1,8 @@
 """Experts over two ranks: every bit as in one process, whatever is recorded and edited."""
 
 import json
+import os
+import warnings
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -252,6 +254,27 @@ def test_what_cannot_be(load_over_two: Load, tmp_path: Path) -> None:
         _ = banks_of(split)[0].down_EDF
     with pytest.raises(el.CheckpointError, match="over several ranks and is not saved"):
         save_model(split.model, split.config, tmp_path / "saved")
+    with pytest.raises(ValueError, match=r"several ranks, torch\.float32 on cpu here: choose"):
+        split.model.to(torch.bfloat16)
+    load_over_two("tiny-text").model.to("cpu", torch.float32)
+
+
+def test_a_fork_does_not_wait_for_ever(load_over_two: Load) -> None:
+    split = load_over_two("tiny-text")
+    read, write = os.pipe()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Python warns of forks of a process with threads
+        pid = os.fork()
+    if pid == 0:
+        try:
+            with split.model.blocks[1].moe.experts.ranks.talk():  # type: ignore[union-attr]
+                os.write(write, b"talked")
+        except RankError as error:
+            os.write(write, str(error).encode())
+        finally:
+            os._exit(0)
+    os.waitpid(pid, 0)
+    assert b"not of its forks" in os.read(read, 200)
 
 
 @pytest.mark.parametrize(
