@@ -15,15 +15,18 @@ from typing import Any, TypeAlias
 
 import torch
 
-from benchmarks.shapes import Pair, pair
+from benchmarks.shapes import CPU_SHAPE, Pair, pair
 from benchmarks.timing import Paired, conditions, paired, store, table, timed
+from ernie_lab.checkpoint.memory import count_parameters
 from ernie_lab.inference.prefill import bound, decode_step
 from ernie_lab.model.cache import KVCache
+from ernie_lab.model.compiled import compile_decode
 from ernie_lab.sites import Step, Tap, all_sites, idle
 from ernie_lab.trace.keep import Keep
 from ernie_lab.trace.recorder import Recorder
 
 THREADS = 2
+WIDTH = CPU_SHAPE["hidden_size"]
 # Prefills, and returns what decodes.
 Started: TypeAlias = Callable[[], Callable[[], None]]
 
@@ -122,11 +125,20 @@ def decoding(ours: Started, theirs: Started, n_new: int, pairs: int) -> Paired:
 def measured(dtype: str, pairs: int, quick: bool) -> list[dict[str, Any]]:
     both = pair(dtype, **({"num_hidden_layers": 2, "moe_num_experts": 8} if quick else {}))
     vocab, keep = both.ours.config.vocab_size, Keep.of("routing", all_sites(both.ours.model))
-    n, n_new = (16, 2) if quick else (512, 16)
+    n, n_new, many = (16, 2, 2) if quick else (512, 16, max(25, pairs))
     rows = []
 
     def add(name: str, found: Paired) -> None:
         rows.append({"what": f"{dtype}: {name}"} | found.row())
+
+    def decodes(batch: int) -> Paired:
+        new = both, tokens(batch, n // 4, vocab), n_new
+        return decoding(partial(decode_ours, *new), partial(decode_theirs, *new), n_new, pairs)
+
+    def decodes_recorded() -> Paired:
+        new = both, tokens(1, n // 4, vocab), n_new
+        recorded, plain = partial(decode_ours, *new, keep), partial(decode_ours, *new)
+        return decoding(recorded, plain, n_new, many)
 
     for shape in ((1, n), (4, n // 4)):
         ids_BS = tokens(*shape, vocab)
@@ -134,28 +146,44 @@ def measured(dtype: str, pairs: int, quick: bool) -> list[dict[str, Any]]:
         add(f"prefill {shape[0]} x {shape[1]}", paired(ours, theirs, pairs))
     ids_BS = tokens(1, n, vocab)
     recorded, plain = partial(prefill_ours, both, ids_BS, keep), partial(prefill_ours, both, ids_BS)
-    add("prefill, routing recorded / not", paired(recorded, plain, pairs))
-    for batch in (1, 8):
-        new = both, tokens(batch, n // 4, vocab), n_new
-        found = decoding(partial(decode_ours, *new), partial(decode_theirs, *new), n_new, pairs)
-        add(f"decode, batch {batch}, a token", found)
-    new = both, tokens(1, n // 4, vocab), n_new
-    found = decoding(partial(decode_ours, *new, keep), partial(decode_ours, *new), n_new, pairs)
-    add("decode, routing recorded / not", found)
+    add("prefill, routing recorded / not", paired(recorded, plain, many))
+    logits, none = (
+        partial(prefill_theirs, both, ids_BS, True),
+        partial(prefill_theirs, both, ids_BS),
+    )
+    add("prefill of transformers, router logits / not", paired(logits, none, pairs))
+    add("decode, batch 1, a token", decodes(1))
+    add("decode, batch 8, a token", decodes(8))
+    add("decode, routing recorded / not", decodes_recorded())
+    compile_decode(both.ours.model)
+    decode_ours(both, tokens(1, 4, vocab), 1)()
+    decode_ours(both, tokens(8, 4, vocab), 1)()
+    add("compiled decode, batch 1, a token", decodes(1))
+    add("compiled decode, batch 8, a token", decodes(8))
+    add("compiled decode, routing recorded / not", decodes_recorded())
+    weights_ND = torch.randn(count_parameters(both.ours.config).active // WIDTH, WIDTH)
+    streaming = partial(stream, weights_ND.to(both.ours.dtype))
+    alone = decode_ours(both, tokens(1, 4, vocab), 1)
+    add("reading a token's weights / compiled decode", paired(streaming, alone, pairs))
     return rows
+
+
+@torch.compile
+def stream(weights_ND: torch.Tensor) -> torch.Tensor:
+    """The limit of decoding: what a token's weights take to be read, in one product."""
+    return (weights_ND * weights_ND[0]).sum(-1)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="small sizes: does it run?")
-    parser.add_argument("--pairs", type=int, default=25)
+    parser.add_argument("--pairs", type=int, default=11, help="recording takes 25 in any case")
+    parser.add_argument("--dtype", nargs="+", default=["float32", "bfloat16"])
     options = parser.parse_args()
     torch.set_num_threads(THREADS)
     under = conditions()
     pairs = 2 if options.quick else options.pairs
-    rows = [
-        row for dtype in ("float32", "bfloat16") for row in measured(dtype, pairs, options.quick)
-    ]
+    rows = [row for dtype in options.dtype for row in measured(dtype, pairs, options.quick)]
     print(table(rows))
     if not options.quick:
         print(store("forward", {"rows": rows, "conditions": under}))

@@ -10,6 +10,7 @@ from typing import TypeAlias
 import torch
 from torch import Tensor, nn
 
+from ernie_lab.checkpoint.allocator import keep_freed_memory
 from ernie_lab.checkpoint.errors import CheckpointError
 from ernie_lab.checkpoint.layout import Layout, Stored
 from ernie_lab.checkpoint.names import kind_of, stays_float32
@@ -82,6 +83,7 @@ def fill(
         if buffer.is_meta and name not in _packed_buffers(module):
             raise CheckpointError(f"buffer {name!r} is on the meta device and in no checkpoint")
 
+    keep_freed_memory()
     parameters = _allocate(module, device, dtype, leave)
     targets = {
         key: place
