@@ -1,14 +1,20 @@
-"""A bank of routed experts: tokens sorted by expert, one pair of products for each."""
+"""A bank of routed experts: tokens sorted by expert, one pair of products for each.
+
+On a GPU, in bf16 and without gradients, one grouped product serves all experts, and the host
+never waits to learn how many rows each has.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from functools import cached_property
+from typing import Any, Protocol, cast, runtime_checkable
 
 import torch
 from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.nn import functional
 from torch.nn.functional import silu
 
 from ernie_lab.model.linear import linear, linear_into
@@ -39,29 +45,45 @@ class ExpertSites:
         )
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Dispatch:
     """The (token, slot) rows of a batch, in the order of their experts, and the way back.
 
     `N` are the tokens: `[b s]` in a text model, `[n]` in a bank of a vision-language one.
     Rows are numbered token-major: row = token * k + slot. `order_J[i]` is the row that stands
-    at place i once sorted, `place_J` its inverse. `experts` are those with rows, rising, and
-    `counts` how many rows each of these has.
+    at place i once sorted, `place_J` its inverse, and `expert_J[i]` the expert at place i.
     """
 
+    expert_J: Tensor
     order_J: Tensor
     place_J: Tensor
-    experts: list[int]
-    counts: list[int]
     shape: torch.Size
 
     @classmethod
     def of(cls, expert_ids_NK: Tensor) -> Dispatch:
-        sorted_J, order_J = expert_ids_NK.flatten().sort(stable=True)
-        experts, counts = sorted_J.unique_consecutive(return_counts=True)
-        return cls(
-            order_J, order_J.argsort(), experts.tolist(), counts.tolist(), expert_ids_NK.shape
-        )
+        expert_J, order_J = expert_ids_NK.flatten().sort(stable=True)
+        return cls(expert_J, order_J, order_J.argsort(), expert_ids_NK.shape)
+
+    @property
+    def experts(self) -> list[int]:
+        """Those with rows, rising. To ask makes the host wait for a GPU."""
+        return self._on_host[0]
+
+    @property
+    def counts(self) -> list[int]:
+        """How many rows each of `experts` has."""
+        return self._on_host[1]
+
+    @cached_property
+    def _on_host(self) -> tuple[list[int], list[int]]:
+        experts, counts = self.expert_J.unique_consecutive(return_counts=True)
+        return experts.tolist(), counts.tolist()
+
+    def ends(self, n_experts: int) -> Tensor:
+        """`[e]` int32: behind which row each expert's rows end. The host does not wait."""
+        # Not `bincount`, which asks a GPU for the largest id.
+        each_E = torch.arange(n_experts, device=self.expert_J.device)
+        return torch.searchsorted(self.expert_J, each_E, right=True, out_int32=True)
 
     def by_expert(self, rows_NKX: Tensor) -> Tensor:
         return rows_NKX.flatten(0, -2).index_select(0, self.order_J)
@@ -188,6 +210,8 @@ def grouped_linear(
     x_JD: Float[Tensor, "j d"], matrices: Matrices, rows: Dispatch
 ) -> Float[Tensor, "j f"]:
     """Rows sorted by expert, each times its expert's `[f d]`."""
+    if isinstance(matrices, Tensor) and _one_product_serves(x_JD, matrices):
+        return one_product(x_JD, matrices, rows)
     by_expert = zip(x_JD.split(rows.counts), rows.experts, strict=True)
     if torch.is_grad_enabled() or len(rows.experts) < 2:
         parts = [linear(own_ND, matrices[e]) for own_ND, e in by_expert]
@@ -201,3 +225,38 @@ def grouped_linear(
     for out_NF, (own_ND, e) in zip(places, by_expert, strict=True):
         linear_into(out_NF, own_ND, matrices[e])
     return out_JF
+
+
+def one_product(
+    x_JD: Float[Tensor, "j d"], matrices_EFD: Float[Tensor, "e f d"], rows: Dispatch
+) -> Float[Tensor, "j f"]:
+    """`grouped_linear` as one grouped product. Without gradients; torch 2.10 or later.
+
+    On the CPU it agrees with the loop (tests/model/test_experts.py). On a GPU it has not been run.
+    """
+    n_experts, hidden, _ = matrices_EFD.shape
+    if not len(x_JD):
+        return x_JD.new_empty(0, hidden)
+    # A view: the kernel asks for the second operand by columns, as the matrices lie.
+    weight_EDF = rearrange(matrices_EFD, "e f d -> e d f")
+    out_JF: Tensor = _grouped_mm(x_JD, weight_EDF, offs=rows.ends(n_experts))
+    return out_JF
+
+
+def _one_product_serves(x_JD: Tensor, matrices_EFD: Tensor) -> bool:
+    return (
+        x_JD.is_cuda
+        and x_JD.dtype is torch.bfloat16
+        and matrices_EFD.dtype is torch.bfloat16
+        and not torch.is_grad_enabled()
+        and _grouped_mm is not None
+        # The kernel reads 16 bytes at a time.
+        and x_JD.shape[-1] % 8 == 0
+        and matrices_EFD.shape[-2] % 8 == 0
+        and x_JD.is_contiguous()
+        and matrices_EFD.is_contiguous()
+        and torch.cuda.get_device_capability(x_JD.device) >= (8, 0)
+    )
+
+
+_grouped_mm = cast("Any", getattr(functional, "grouped_mm", None))
