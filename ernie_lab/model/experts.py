@@ -1,7 +1,7 @@
 """A bank of routed experts: tokens sorted by expert, one pair of products for each.
 
-On a GPU, in bf16 and without gradients, one grouped product serves all experts, and the host
-never waits to learn how many rows each has.
+In bf16 and without gradients one grouped product serves all experts: on a GPU the host never
+waits to learn how many rows each has, on a CPU there is one call instead of one an expert.
 """
 
 from __future__ import annotations
@@ -245,8 +245,7 @@ def one_product(
 
 def _one_product_serves(x_JD: Tensor, matrices_EFD: Tensor) -> bool:
     return (
-        x_JD.is_cuda
-        and x_JD.dtype is torch.bfloat16
+        x_JD.dtype is torch.bfloat16
         and matrices_EFD.dtype is torch.bfloat16
         and not torch.is_grad_enabled()
         and _grouped_mm is not None
@@ -255,8 +254,12 @@ def _one_product_serves(x_JD: Tensor, matrices_EFD: Tensor) -> bool:
         and matrices_EFD.shape[-2] % 8 == 0
         and x_JD.is_contiguous()
         and matrices_EFD.is_contiguous()
-        and torch.cuda.get_device_capability(x_JD.device) >= (8, 0)
+        and (x_JD.is_cpu or _is_recent(x_JD.device))
     )
+
+
+def _is_recent(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 _grouped_mm = cast("Any", getattr(functional, "grouped_mm", None))

@@ -57,7 +57,13 @@ def test_a_bank_by_one_product_asks_nothing_of_the_host(monkeypatch: pytest.Monk
         torch.testing.assert_close(found[name], value, rtol=0, atol=1e-5, msg=name)
 
 
-def test_only_a_gpu_in_bf16_without_gradients_takes_one_product() -> None:
+def test_only_bf16_without_gradients_takes_one_product() -> None:
+    x_JD, matrices_EFD = torch.zeros(4, 64).bfloat16(), torch.zeros(2, 48, 64).bfloat16()
+    serves = experts._one_product_serves
     with torch.no_grad():
-        x_JD, matrices_EFD = torch.zeros(4, 64).bfloat16(), torch.zeros(2, 48, 64).bfloat16()
-        assert not experts._one_product_serves(x_JD, matrices_EFD)
+        assert serves(x_JD, matrices_EFD)
+        assert not serves(x_JD.float(), matrices_EFD.float())
+        assert not serves(x_JD.float(), matrices_EFD)
+        assert not serves(x_JD[:, :60], matrices_EFD[..., :60])
+        assert not serves(x_JD.t().contiguous().t(), matrices_EFD)
+    assert not serves(x_JD, matrices_EFD)
