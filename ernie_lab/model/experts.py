@@ -155,9 +155,7 @@ def gather_experts(
     gate_NKF, up_NKF = _tapped(tap, at.gate, gate_NKF), _tapped(tap, at.up, up_NKF)
     act_NKF = _tapped(tap, at.act, silu(gate_NKF) * up_NKF)
     out_NKD = (down_EDF[expert_ids_NK] * rearrange(act_NKF, "... f -> ... 1 f")).sum(-1)
-    out_NKD = _tapped(tap, at.out, out_NKD)
-    slot_NKD = out_NKD * rearrange(expert_weights_NK, "... k -> ... k 1")
-    return _tapped(tap, at.slot_out, slot_NKD).sum(-2)
+    return weighted(out_NKD, expert_weights_NK, at, tap)
 
 
 def _tapped(tap: Tap, site: Site, x: Tensor) -> Tensor:
@@ -185,12 +183,16 @@ def run_experts(
     rows = Dispatch.of(expert_ids_NK)
     act_JF = _neurons(x_ND, gate_up, rows, at, tap)
     out_NKD = rows.by_token(grouped_linear(act_JF, down, rows))
-    if tap.wants(at.out):
-        out_NKD = tap(at.out, out_NKD)
+    return weighted(out_NKD, expert_weights_NK, at, tap)
+
+
+def weighted(
+    out_NKD: Tensor, expert_weights_NK: Tensor, at: ExpertSites, tap: Tap = idle
+) -> Tensor:
+    """`[… d]`: the experts' outputs, each times its weight, summed over the slots."""
+    out_NKD = _tapped(tap, at.out, out_NKD)
     slot_NKD = out_NKD * rearrange(expert_weights_NK, "... k -> ... k 1")
-    if tap.wants(at.slot_out):
-        slot_NKD = tap(at.slot_out, slot_NKD)
-    return slot_NKD.sum(-2)
+    return _tapped(tap, at.slot_out, slot_NKD).sum(-2)
 
 
 def _neurons(

@@ -17,7 +17,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from ernie_lab.checkpoint.slices import Slice
-from ernie_lab.model.experts import ExpertBank, ExpertSites
+from ernie_lab.model.experts import ExpertBank, ExpertSites, weighted
 from ernie_lab.model.kinds import Model
 from ernie_lab.parallel.messages import Kind, Message
 from ernie_lab.parallel.ranks import Ranks, Talk
@@ -169,18 +169,6 @@ class _Shown:
             (x_JX,) = part.tensors
             joined_JX[self.shares[rank].rows_J] = x_JX.to(own_JX.device).flatten(1)
         return joined_JX.view(*self.shape, width)
-
-
-def weighted(
-    out_NKD: Tensor, expert_weights_NK: Tensor, at: ExpertSites, tap: Tap = idle
-) -> Tensor:
-    """The end of `run_experts`."""
-    if tap.wants(at.out):
-        out_NKD = tap(at.out, out_NKD)
-    slot_NKD = out_NKD * rearrange(expert_weights_NK, "... k -> ... k 1")
-    if tap.wants(at.slot_out):
-        slot_NKD = tap(at.slot_out, slot_NKD)
-    return slot_NKD.sum(-2)
 
 
 def computed(
