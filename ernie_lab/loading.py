@@ -32,6 +32,7 @@ from ernie_lab.inputs import load_tokenizer, read_preprocessor
 from ernie_lab.inputs.visual_layout import PositionRule
 from ernie_lab.lab import Lab
 from ernie_lab.model.compiled import CompilerMissing, compile_decode
+from ernie_lab.model.graphed import graph_decode
 from ernie_lab.model.kinds import build
 from ernie_lab.model.quantised import quantise
 from ernie_lab.organisms.builtin import BUILTIN, builtin_path, unknown_name
@@ -91,7 +92,9 @@ def load(
             of compilation at the first token of each number of sequences (up to 8). Recording
             costs as little and sees the same sites; layers with an edit go the ordinary way. Sums
             are taken in another order, so values differ by rounding, and in bf16 near ties of
-            routers may turn out otherwise. Without a compiler it warns and decodes as ever.
+            routers may turn out otherwise. Without a compiler it warns and decodes as ever. On a
+            GPU whole steps are replayed as a CUDA graph, whose first replay is checked; this has
+            not been run on one yet.
         progress: show a bar while reading.
 
     Raises:
@@ -155,6 +158,8 @@ def load(
     if compile:
         try:
             compile_decode(model)
+            if where.type == "cuda":
+                graph_decode(model)
         except CompilerMissing as error:
             warnings.warn(f"compile=True: {error}. Decoding is not compiled", stacklevel=2)
     return Lab(

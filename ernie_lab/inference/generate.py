@@ -12,6 +12,7 @@ from ernie_lab.inference.prefill import bound, decode_step, prefill, prefill_ste
 from ernie_lab.inference.sampling import Sampling, draw, forbid, penalise_repetition
 from ernie_lab.inputs.batch import Batch
 from ernie_lab.model.cache import KVCache
+from ernie_lab.model.graphed import generation
 from ernie_lab.model.kinds import Model
 from ernie_lab.sites import Tap, idle
 
@@ -68,39 +69,44 @@ def decode(
     n = len(batch.input_ids)
     generators = [torch.Generator().manual_seed(seed) for seed in _seeds(settings, n)]
     ids = [batch.input_ids[i][batch.mask[i]].tolist() for i in range(n)]
-    cache = KVCache(model.config.decoder.n_layers)
     mask_BT, padded = batch.mask, not bool(batch.mask.all())
     next_BS, positions_BS = batch.input_ids, batch.positions
+    banked = batch.visual is not None
 
-    for index in range(settings.max_new_tokens):
-        if index == 0:
-            step_tap = bound(tap, prefill_step(batch))
-            hidden = prefill(model, batch, step_tap, cache)
-        else:
-            banked = batch.visual is not None
-            step = decode_step(index, positions_BS, mask_BT[:, -1:], banked=banked)
+    with generation(model, batch.mask, settings.max_new_tokens) as replayed:
+        cache = KVCache(model.config.decoder.n_layers) if replayed is None else replayed.cache
+        for index in range(settings.max_new_tokens):
+            if index == 0:
+                step = prefill_step(batch)
+            else:
+                step = decode_step(index, positions_BS, mask_BT[:, -1:], banked=banked)
             step_tap = bound(tap, step)
-            keys_BT = _keys(mask_BT, batch) if padded else None
-            hidden = model.trunk(next_BS, keys_BT, positions_BS, cache, tap=step_tap)
-        last_BSD = hidden.normed_BSD if prompt_logits else hidden.normed_BSD[:, -1:]
-        logits_BV = model.unembed(last_BSD, step_tap)[:, -1].float()
-        hidden.commit()
-        growing = [i for i in range(n) if i not in ended]
-        new = _next_tokens(
-            logits_BV[growing], growing, ids, index, settings, processors, generators
-        )
-        for sequence, token in new.items():
-            ids[sequence].append(token)
-            if token in settings.stop_ids or index + 1 == settings.max_new_tokens:
-                ended.add(sequence)
-        yield new
-        if len(ended) == n:
-            return
-        alive_B1 = torch.tensor([[i not in ended] for i in range(n)], device=mask_BT.device)
-        mask_BT = torch.cat([mask_BT, alive_B1], dim=1)
-        next_BS = torch.tensor([[row[-1]] for row in ids], device=next_BS.device)
-        after_B = hidden.next_position_B
-        positions_BS = positions_BS[:, -1:] + 1 if after_B is None else after_B[:, None]
+            if index > 0 and replayed is not None and replayed.serves(step_tap):
+                logits_BSV = replayed(next_BS, positions_BS, step_tap)
+            else:
+                if index == 0:
+                    hidden = prefill(model, batch, step_tap, cache)
+                else:
+                    keys_BT = _keys(mask_BT, batch) if padded else None
+                    hidden = model.trunk(next_BS, keys_BT, positions_BS, cache, tap=step_tap)
+                last_BSD = hidden.normed_BSD if prompt_logits else hidden.normed_BSD[:, -1:]
+                logits_BSV = model.unembed(last_BSD, step_tap)
+                hidden.commit()
+            growing = [i for i in range(n) if i not in ended]
+            logits_BV = logits_BSV[growing, -1].float()
+            new = _next_tokens(logits_BV, growing, ids, index, settings, processors, generators)
+            for sequence, token in new.items():
+                ids[sequence].append(token)
+                if token in settings.stop_ids or index + 1 == settings.max_new_tokens:
+                    ended.add(sequence)
+            yield new
+            if len(ended) == n:
+                return
+            alive_B1 = torch.tensor([[i not in ended] for i in range(n)], device=mask_BT.device)
+            mask_BT = torch.cat([mask_BT, alive_B1], dim=1)
+            next_BS = torch.tensor([[row[-1]] for row in ids], device=next_BS.device)
+            after_B = cache.next_position_B
+            positions_BS = positions_BS[:, -1:] + 1 if after_B is None else after_B[:, None]
 
 
 def _keys(mask_BT: Tensor, batch: Batch) -> Tensor:

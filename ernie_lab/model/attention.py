@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
 from ernie_lab.checkpoint.config import AttentionConfig
-from ernie_lab.model.cache import KVCache
+from ernie_lab.model.cache import Cache
 from ernie_lab.model.linear import Linear
 from ernie_lab.model.rope import Rotation, rotate
 from ernie_lab.sites import Site, Tap, idle
@@ -80,7 +80,7 @@ class Attention(nn.Module):
         rotation: Rotation,
         visible_BST: Tensor | None,
         layer: int,
-        cache: KVCache | None = None,
+        cache: Cache | None = None,
         tap: Tap = idle,
     ) -> Tensor:
         """`visible_BST` is True where query s may read key t; None means plain causal."""

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ernie_lab.checkpoint.config import TextConfig, VLConfig
 from ernie_lab.model.attention import Attention, AttentionSites
 from ernie_lab.model.banks import BankedMoE, BankedMoESites, BankRows
-from ernie_lab.model.cache import KVCache
+from ernie_lab.model.cache import Cache
 from ernie_lab.model.mlp import GatedMLP, MLPSites
 from ernie_lab.model.moe import MoE, MoESites
 from ernie_lab.model.norm import NormSites, RMSNorm
@@ -37,7 +37,7 @@ class BlockSites:
 class AnotherWay(Protocol):
     """Another way through a block, for what it serves. See `ernie_lab.model.compiled`."""
 
-    def serves(self, block: Block, resid_BSD: Tensor, cache: KVCache | None, tap: Tap) -> bool: ...
+    def serves(self, block: Block, resid_BSD: Tensor, cache: Cache | None, tap: Tap) -> bool: ...
 
     def __call__(
         self,
@@ -46,7 +46,7 @@ class AnotherWay(Protocol):
         rotation: Rotation,
         visible_BST: Tensor | None,
         banks: BankRows | None,
-        cache: KVCache | None,
+        cache: Cache | None,
         tap: Tap,
     ) -> tuple[Tensor, Mapping[str, Routing]]: ...
 
@@ -87,7 +87,7 @@ class Block(nn.Module):
         rotation: Rotation,
         visible_BST: Tensor | None,
         banks: BankRows | None,
-        cache: KVCache | None,
+        cache: Cache | None,
         tap: Tap,
     ) -> tuple[Tensor, Mapping[str, Routing]]:
         """The routing is by bank; a text model's only bank is `"text"`, a dense layer has none."""

@@ -1,9 +1,20 @@
-"""Keys and values of the past."""
+"""Keys and values of the past: growing, or in memory that stays where it is."""
 
 from __future__ import annotations
 
+from typing import Protocol, runtime_checkable
+
 import torch
 from torch import Tensor
+
+
+@runtime_checkable
+class Cache(Protocol):
+    """What a layer asks of a cache."""
+
+    def extend(self, layer: int, k_BSGA: Tensor, v_BSGA: Tensor, /) -> tuple[Tensor, Tensor]:
+        """Write this pass's rows and return all `[b t g a]`."""
+        ...
 
 
 class KVCache:
@@ -21,6 +32,14 @@ class KVCache:
         self._values: list[Tensor | None] = [None] * n_layers
         self.length = 0
         self.next_position_B: Tensor | None = None
+
+    @classmethod
+    def within(cls, keys_LBTGA: Tensor, values_LBTGA: Tensor) -> KVCache:
+        """An empty one that fills this memory before it takes any of its own."""
+        cache = cls(len(keys_LBTGA))
+        cache._keys = list(keys_LBTGA.unbind())
+        cache._values = list(values_LBTGA.unbind())
+        return cache
 
     def get_seq_length(self) -> int:
         """`length`, by transformers' name."""
@@ -55,6 +74,46 @@ class KVCache:
             held_BTGA[:, self.length : end] = new_BSGA
         store[layer] = held_BTGA
         return held_BTGA[:, :end]
+
+
+class StaticCache:
+    """The cache of a step that is captured: its memory, and all it is told, lie in fixed places.
+
+    `extend` writes one row a sequence at the column that `column` holds and returns all columns,
+    of which those count that `visible_BST` names. `begin` lends the memory to a `KVCache` for a
+    prefill and for steps that are not captured; each sees what the other wrote.
+    """
+
+    def __init__(
+        self, n_layers: int, n_sequences: int, capacity: int, groups: tuple[int, int], like: Tensor
+    ) -> None:
+        """`groups` are the key/value heads and the width of each; dtype and device as `like`."""
+        self.capacity = capacity
+        self.keys_LBTGA = like.new_zeros(n_layers, n_sequences, capacity, *groups)
+        self.values_LBTGA = torch.zeros_like(self.keys_LBTGA)
+        self.column = like.new_zeros(1, dtype=torch.int64)
+        self.visible_BST = like.new_zeros(n_sequences, 1, capacity, dtype=torch.bool)
+
+    def begin(self, mask_BS: Tensor) -> KVCache:
+        """Empty, for prompts whose real tokens `mask_BS` names."""
+        # A row that does not count is multiplied by 0, so what is left in it must be finite.
+        self.keys_LBTGA.zero_()
+        self.values_LBTGA.zero_()
+        self.visible_BST.zero_()
+        self.visible_BST[:, 0, : mask_BS.shape[1]] = mask_BS
+        return KVCache.within(self.keys_LBTGA, self.values_LBTGA)
+
+    def aim(self, length: int, n_prompt: int) -> None:
+        """The next row goes behind `length`; it counts, and so does all behind the prompts."""
+        self.column.fill_(length)
+        self.visible_BST[:, :, n_prompt : length + 1] = True
+
+    def extend(self, layer: int, k_BSGA: Tensor, v_BSGA: Tensor) -> tuple[Tensor, Tensor]:
+        """As `KVCache.extend` of one new token, but that the columns are all there are."""
+        k_BTGA, v_BTGA = self.keys_LBTGA[layer], self.values_LBTGA[layer]
+        k_BTGA.index_copy_(1, self.column, k_BSGA)
+        v_BTGA.index_copy_(1, self.column, v_BSGA)
+        return k_BTGA, v_BTGA
 
 
 def _grown(held_BTGA: Tensor | None, length: int, capacity: int, like_BSGA: Tensor) -> Tensor:

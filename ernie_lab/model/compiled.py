@@ -14,7 +14,7 @@ its parameters are arguments.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Set
 from inspect import signature
 from operator import attrgetter
 from typing import Any, TypeAlias, cast
@@ -25,7 +25,7 @@ from torch.func import functional_call
 
 from ernie_lab.model.banks import BankRows
 from ernie_lab.model.block import Block
-from ernie_lab.model.cache import KVCache
+from ernie_lab.model.cache import Cache
 from ernie_lab.model.rope import Rotation
 from ernie_lab.model.router import Routing
 from ernie_lab.model.stack import block_list
@@ -123,7 +123,7 @@ class CompiledDecode:
     def __init__(self, template: Block) -> None:
         self.before, self.after = Piece(Before(template)), Piece(After(template))
 
-    def serves(self, block: Block, resid_BSD: Tensor, cache: KVCache | None, tap: Tap) -> bool:
+    def serves(self, block: Block, resid_BSD: Tensor, cache: Cache | None, tap: Tap) -> bool:
         n_sequences, n_new, _ = resid_BSD.shape
         return (
             cache is not None
@@ -141,28 +141,28 @@ class CompiledDecode:
         rotation: Rotation,
         visible_BST: Tensor | None,
         banks: BankRows | None,
-        cache: KVCache | None,
+        cache: Cache | None,
         tap: Tap,
     ) -> tuple[Tensor, Mapping[str, Routing]]:
         assert cache is not None
         (q_BSHA, k_BSGA, v_BSGA), values = self.before(block, resid_BSD, rotation)
-        show(block, values, tap)
+        show(values, block.by_name, block.paths, tap)
         k_BTGA, v_BTGA = cache.extend(block.layer, k_BSGA, v_BSGA)
         z_BSHA = block.attn.mix(q_BSHA, k_BTGA, v_BTGA, visible_BST, tap)
         if tap.wants(block.sites.attn.result):
             tap(block.sites.attn.result, block.attn.results(z_BSHA))
         (out_BSD, routings), values = self.after(block, resid_BSD, z_BSHA, banks)
-        show(block, values, tap)
+        show(values, block.by_name, block.paths, tap)
         return out_BSD, routings
 
 
-def show(block: Block, values: Values, tap: Tap) -> None:
-    """To the tap what it reads; it has said that it changes nothing here."""
-    wanted = cast("CandidTap", tap).reads(block.paths)  # `may_change` asked it before
+def show(values: Values, sites: Mapping[str, Site], paths: Set[str], tap: Tap) -> None:
+    """To the tap what it reads at `paths`; it has said that it changes nothing there."""
+    wanted = cast("CandidTap", tap).reads(paths)  # `may_change` asked it before
     if not wanted:
         return
     for name, x in values.items():
-        site = block.by_name[name]
+        site = sites[name]
         if site.path not in wanted or (site.on_demand and not tap.wants(site)):
             continue
         if tap(site, x) is not x:

@@ -11,7 +11,7 @@ from torch import Tensor
 from ernie_lab.model.attention import visible_keys
 from ernie_lab.model.banks import BankRows
 from ernie_lab.model.block import Block
-from ernie_lab.model.cache import KVCache
+from ernie_lab.model.cache import Cache, KVCache
 from ernie_lab.model.losses import pooled_switch_loss, unbiased_choice
 from ernie_lab.model.placed import device_of, in_turn, moved
 from ernie_lab.model.rope import Rotation
@@ -96,7 +96,7 @@ def run_blocks(
     rope: Rotation,
     visible_BST: Tensor | None,
     banks: BankRows | None,
-    cache: KVCache | None,
+    cache: Cache | None,
     tap: Tap,
 ) -> tuple[Tensor, dict[str, tuple[Routing, ...]]]:
     """The residual stream after the last block, and the routing of each bank by layer.
