@@ -41,8 +41,8 @@ notebooks: $(VENV)/.ok
 
 # Ratios against transformers on this machine, into benchmarks/results/; it should do nothing else.
 bench: $(VENV)/.ok
-	$(BIN)/python -m benchmarks.forward
-	$(BIN)/python -m benchmarks.attention
+	for one in forward pictures attention loading importing placement ranks growth gpu; do \
+		$(BIN)/python -m benchmarks.$$one || exit 1; done
 
 # Train the built-in model again, from the corpus to the card: about an hour on two cores.
 tiny-text: $(VENV)/.ok
