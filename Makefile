@@ -41,7 +41,7 @@ notebooks: $(VENV)/.ok
 
 # Ratios against transformers on this machine, into benchmarks/results/; it should do nothing else.
 bench: $(VENV)/.ok
-	for one in forward pictures attention loading importing placement ranks growth gpu; do \
+	for one in forward pictures attention loading importing placement ranks growth; do \
 		$(BIN)/python -m benchmarks.$$one || exit 1; done
 
 # Train the built-in model again, from the corpus to the card: about an hour on two cores.
