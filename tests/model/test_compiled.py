@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 import ernie_lab as el
-from ernie_lab.model import compiled
+from ernie_lab.model import compiled, graphed
 from ernie_lab.model.cache import KVCache
 from ernie_lab.model.stack import block_list
 from ernie_lab.sites import Site, all_sites, idle
@@ -87,6 +87,28 @@ def test_every_site_has_the_value_of_the_reference(text: el.Lab, plain: el.Lab) 
         ours.trace["blocks.3.resid_post"].values != theirs.trace["blocks.3.resid_post"].values
     )
     assert different[-5:].any() and not different[:-5].any()
+
+
+def test_as_part_of_a_step_in_fixed_memory(text: el.Lab, plain: el.Lab) -> None:
+    """What a GPU captures (tests/model/test_graphed.py), with the blocks really compiled."""
+    replays = 0
+
+    def counted(run: graphed.Run) -> graphed.Run:
+        def again() -> compiled.Values:
+            nonlocal replays
+            replays += 1
+            return run()
+
+        return again
+
+    graphed.graph_decode(text.model, counted)
+    try:
+        ours = generated(text, keep=["routing", "logits", "*.resid_post"])
+    finally:
+        graphed._WAYS.pop(text.model)
+    theirs = generated(plain, keep=["routing", "logits", "*.resid_post"])
+    assert replays == 1 + 5 and ours.tokens == theirs.tokens
+    agree(ours.trace, theirs.trace)
 
 
 def test_recording_changes_no_bit(text: el.Lab) -> None:

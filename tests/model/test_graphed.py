@@ -14,12 +14,14 @@ import pytest
 import torch
 from support.models import small_model, small_vl_model
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import ernie_lab as el
 from ernie_lab.model import graphed
 from ernie_lab.model.cache import KVCache, StaticCache
 from ernie_lab.model.compiled import Values
-from ernie_lab.model.graphed import GraphedDecode, Run, graph_decode
+from ernie_lab.model.experts import Dispatch
+from ernie_lab.model.graphed import FixedStep, GraphedDecode, Run, graph_decode
 from ernie_lab.sites import all_sites, idle
 
 PROMPTS = ["The gate opens and", "Numbers: 1 2 3 4 5 6"]
@@ -220,6 +222,54 @@ def test_the_memory_is_seen_by_both_kinds_of_cache() -> None:
     k_BTGA, _ = cache.extend(1, new_BSGA, new_BSGA)
     assert torch.equal(k_BTGA, torch.cat([expected_BTGA, new_BSGA], 1))
     assert isinstance(cache, KVCache) and cache.get_seq_length() == 4
+
+
+class Capturing(TorchDispatchMode):
+    """Refuses what a capture does: to wait for a value, and to copy one from Python."""
+
+    REFUSED = frozenset(
+        {
+            "_local_scalar_dense",
+            "bincount",
+            "equal",
+            "lift_fresh",
+            "masked_select",
+            "nonzero",
+            "unique_consecutive",
+        }
+    )
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.overloadpacket.__name__
+        by_mask = name == "index" and any(x is not None and x.dtype is torch.bool for x in args[1])
+        if name in self.REFUSED or by_mask:
+            raise RuntimeError(f"{name} in a step that is to be captured")
+        return func(*args, **(kwargs or {}))
+
+
+def test_the_refusals_are_real() -> None:
+    for wait in (
+        lambda: bool(torch.ones(1)),
+        lambda: torch.tensor([1]),
+        lambda: torch.ones(2).nonzero(),
+    ):
+        with pytest.raises(RuntimeError, match="is to be captured"), Capturing():
+            wait()
+    rows = Dispatch.of(torch.tensor([[0, 1]]))
+    with pytest.raises(RuntimeError, match="is to be captured"), Capturing():
+        _ = rows.counts
+
+
+@pytest.mark.parametrize("kind", ["text", "vl"])
+@torch.no_grad()
+def test_a_step_waits_for_no_value(kind: str) -> None:
+    model = small_model() if kind == "text" else small_vl_model(vision_expert_hidden=16)
+    model = model.bfloat16()  # in which a bank's experts are one product, compiled or not
+    step = FixedStep(model, 2, 16)
+    expected = step.run(model)
+    with Capturing():
+        found = step.run(model)
+    assert torch.equal(found["logits"], expected["logits"])
 
 
 def test_compiled_blocks_are_what_a_gpu_captures(plain: el.Lab, replays: Counted) -> None:
