@@ -19,7 +19,7 @@ import torch
 
 import ernie_lab as el
 from benchmarks.shapes import ours_alone
-from benchmarks.timing import conditions, paired, store, table
+from benchmarks.timing import THREADS, conditions, paired, store, table
 from ernie_lab.model.rope import rotation
 from ernie_lab.sites import idle
 
@@ -67,7 +67,7 @@ def timings(lab: el.Lab, lengths: list[int], pairs: int) -> list[dict[str, Any]]
 def memory(n_tokens: int, full: bool) -> float:
     """MiB of peak memory of the reductions alone, in a process of their own."""
     code = (
-        "import resource, torch; torch.set_num_threads(2)\n"
+        f"import resource, torch; torch.set_num_threads({THREADS})\n"
         "from benchmarks.attention import recorded, summarised\n"
         "from benchmarks.shapes import ours_alone\n"
         f"lab = ours_alone(); summarised(recorded(lab, 64), {full})\n"
@@ -105,7 +105,7 @@ def main() -> None:
     parser.add_argument("--longest", type=int, default=32768)
     quick = parser.parse_args().quick
     torch.manual_seed(0)
-    torch.set_num_threads(2)
+    torch.set_num_threads(THREADS)
     under = conditions()
     lab = ours_alone()
     lengths = [128] if quick else [1024, 4096]

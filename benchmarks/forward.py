@@ -16,7 +16,7 @@ from typing import Any, TypeAlias
 import torch
 
 from benchmarks.shapes import CPU_SHAPE, Pair, pair
-from benchmarks.timing import Paired, conditions, paired, store, table, timed
+from benchmarks.timing import THREADS, Paired, conditions, paired, store, table, timed
 from ernie_lab.checkpoint.memory import count_parameters
 from ernie_lab.inference.prefill import bound, decode_step
 from ernie_lab.model.cache import KVCache
@@ -25,7 +25,6 @@ from ernie_lab.sites import Step, Tap, all_sites, idle
 from ernie_lab.trace.keep import Keep
 from ernie_lab.trace.recorder import Recorder
 
-THREADS = 2
 WIDTH = CPU_SHAPE["hidden_size"]
 # Prefills, and returns what decodes.
 Started: TypeAlias = Callable[[], Callable[[], None]]

@@ -27,10 +27,9 @@ import torch
 
 import ernie_lab as el
 from benchmarks.shapes import ours_alone
-from benchmarks.timing import RESULTS, conditions, store, table, timed
+from benchmarks.timing import RESULTS, THREADS, conditions, store, table, timed
 from ernie_lab.plots.style import MUTED, OKABE_ITO, style
 
-THREADS = 2
 LAYERS = 3
 LENGTHS = (128, 512, 2048, 4096, 8192, 16384)
 # What is recorded -> colour, marker and name in the chart.

@@ -29,10 +29,9 @@ import torch
 
 import ernie_lab as el
 from benchmarks.shapes import ours_alone
-from benchmarks.timing import Paired, conditions, store, table
+from benchmarks.timing import THREADS, Paired, conditions, store, table
 from ernie_lab.checkpoint import Reader
 
-THREADS = 2
 N_SHARDS = 10
 # Wide enough that a matrix of an expert has 1.5 MiB; in bfloat16 2.0 GB.
 SHAPE: dict[str, Any] = {

@@ -18,9 +18,8 @@ from typing import Any
 import torch
 
 import ernie_lab as el
-from benchmarks.forward import THREADS
 from benchmarks.shapes import CPU_SHAPE
-from benchmarks.timing import conditions, paired, store, table
+from benchmarks.timing import THREADS, conditions, paired, store, table
 
 IDS = {
     "image_token_id": 90,

@@ -21,13 +21,12 @@ import torch
 import ernie_lab as el
 from benchmarks.loading import SHAPE
 from benchmarks.shapes import ours_alone
-from benchmarks.timing import conditions, paired, store
+from benchmarks.timing import THREADS, conditions, paired, store
 from ernie_lab.checkpoint import save_model
 from ernie_lab.checkpoint.on_disk import on_disk
 from ernie_lab.model import placed
 from ernie_lab.model.stack import block_list
 
-THREADS = 2
 LAYERS = 4
 
 

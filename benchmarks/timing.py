@@ -21,6 +21,8 @@ import numpy as np
 import torch
 
 RESULTS = Path(__file__).parent / "results"
+# What the stored figures were made with; fewer where OMP_NUM_THREADS says so.
+THREADS = min(2, torch.get_num_threads())
 
 
 @dataclass(frozen=True)
