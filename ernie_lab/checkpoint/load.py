@@ -83,7 +83,6 @@ def fill(
         if buffer.is_meta and name not in _packed_buffers(module):
             raise CheckpointError(f"buffer {name!r} is on the meta device and in no checkpoint")
 
-    keep_freed_memory()
     parameters = _allocate(module, device, dtype, leave)
     targets = {
         key: place
@@ -100,6 +99,7 @@ def fill(
     for copy, of in copies.items():
         if of in targets:
             _check_copy(copy, of, reader)
+    keep_freed_memory()  # not before: what loading frees in between would stay
     return LoadReport(
         layout=layout.name,
         n_tensors=len(targets),
