@@ -59,9 +59,9 @@ def _widest(config: ModelConfig) -> int:
     if text.moe is not None:
         k, moe = text.moe.router.n_chosen, text.moe
         hidden = max(moe.expert_hidden, *_vision_hidden(config))
-        # Gate and up of all slots, twice while they are put together; or these, the neurons, and
-        # the outputs of all slots by expert and by token.
-        found.append(k * max(text.width + 4 * hidden, 3 * (text.width + hidden)))
+        # Of all slots: inputs, gate, up, silu of the gate and the neurons; or the neurons, and
+        # outputs by expert and by token.
+        found.append(k * max(text.width + 4 * hidden, 2 * text.width + hidden))
         found.append(4 * moe.shared_hidden)
     if isinstance(config, VLConfig):
         vision = config.vision
