@@ -90,7 +90,7 @@ def load(
             `"ep:N+tp"`: heads of attention too, where N divides the key/value heads.
         compile: decode through torch.compile: about twice as fast on a CPU, after some seconds
             of compilation at the first token of each number of sequences (up to 8). Recording
-            costs as little and sees the same sites; layers with an edit go the ordinary way. Sums
+            sees the same sites; layers with an edit go the ordinary way. Sums
             are taken in another order, so values differ by rounding, and in bf16 near ties of
             routers may turn out otherwise. Without a compiler it warns and decodes as ever. On a
             GPU whole steps are replayed as a CUDA graph, whose first replay is checked; this has

@@ -26,6 +26,7 @@ from torch.func import functional_call
 from ernie_lab.model.banks import BankRows
 from ernie_lab.model.block import Block
 from ernie_lab.model.cache import Cache
+from ernie_lab.model.experts import FEW_TOKENS
 from ernie_lab.model.rope import Rotation
 from ernie_lab.model.router import Routing
 from ernie_lab.model.stack import block_list
@@ -33,8 +34,8 @@ from ernie_lab.sites import CandidTap, Site, Tap, may_change
 
 Values: TypeAlias = dict[str, Tensor]
 
-# More sequences than this are multiplied expert by expert, which reads no matrix twice.
-MOST_SEQUENCES = 8
+# More are multiplied expert by expert, which reads no matrix twice.
+MOST_SEQUENCES = FEW_TOKENS
 
 
 class Collect:

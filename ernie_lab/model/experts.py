@@ -124,7 +124,7 @@ class ExpertBank(nn.Module):
         at: ExpertSites,
         tap: Tap = idle,
     ) -> Tensor:
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() and _are_few(x_ND):
             args = expert_ids_NK, expert_weights_NK, self.gate_up_E2FD, self.down_EDF
             return gather_experts(x_ND, *args, at, tap)
         gate_up_E = rearrange(self.gate_up_E2FD, "e two f d -> e (two f) d")
@@ -134,6 +134,14 @@ class ExpertBank(nn.Module):
             # Indexing per expert would make the backward pass add E full-sized gradients.
             gate_up, down = gate_up_E.unbind(), self.down_EDF.unbind()
         return run_experts(x_ND, expert_ids_NK, expert_weights_NK, gate_up, down, at, tap)
+
+
+# With more, a matrix would be read more often than expert by expert.
+FEW_TOKENS = 8
+
+
+def _are_few(x_ND: Tensor) -> bool:
+    return x_ND.shape[:-1].numel() <= FEW_TOKENS and not torch.is_grad_enabled()
 
 
 def gather_experts(

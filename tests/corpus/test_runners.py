@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from support.ray_cluster import ray_cluster
 
 from ernie_lab.corpus import CorpusError, RecordPlan, RoutingStore
 from ernie_lab.corpus.units import Unit
@@ -70,18 +71,8 @@ def test_torchrun_and_workers_say_what_they_need(tmp_path, monkeypatch) -> None:
 
 @pytest.fixture(scope="module")
 def cluster():
-    """Ray on this machine. Its own start gives up after 15 s, which a busy machine may need."""
-    ray = pytest.importorskip("ray")
-    for attempt in range(3):
-        try:
-            ray.init(include_dashboard=False, log_to_driver=False, num_cpus=2)
-            break
-        except Exception:  # it raises no type of its own
-            ray.shutdown()
-            if attempt == 2:
-                raise
-    yield ray
-    ray.shutdown()
+    with ray_cluster() as ray:
+        yield ray
 
 
 @pytest.mark.slow

@@ -17,7 +17,10 @@ pytestmark = pytest.mark.skipif(
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("n_tokens", [0, 1, 40])
-def test_one_product_for_all_experts_is_the_loop(dtype: torch.dtype, n_tokens: int) -> None:
+def test_one_product_for_all_experts_is_the_loop(
+    dtype: torch.dtype, n_tokens: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(experts, "_one_product_serves", lambda *_: False)
     torch.manual_seed(0)
     matrices_EFD = torch.randn(8, 48, 64).to(dtype)
     # Neither the first, the last nor expert 4 has rows.
@@ -67,3 +70,28 @@ def test_only_bf16_without_gradients_takes_one_product() -> None:
         assert not serves(x_JD[:, :60], matrices_EFD[..., :60])
         assert not serves(x_JD.t().contiguous().t(), matrices_EFD)
     assert not serves(x_JD, matrices_EFD)
+
+
+@pytest.mark.parametrize(("n_tokens", "grad"), [(20, False), (3, True)])
+def test_compiled_by_a_user_many_tokens_do_not_each_read_matrices(
+    n_tokens: int, grad: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bank = ExpertBank(4, 8, 6)
+    with torch.no_grad():
+        for parameter in bank.parameters():
+            parameter.normal_()
+    x_ND = torch.randn(n_tokens, 8)
+    ids_NK = torch.rand(n_tokens, 4).topk(2).indices
+    weights_NK = torch.rand(n_tokens, 2)
+    at = ExpertSites.under("blocks.0.moe", rows="n")
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    monkeypatch.setattr(experts, "gather_experts", lambda *_: pytest.fail("it gathered"))
+    with torch.set_grad_enabled(grad):
+        found_ND = bank(x_ND, ids_NK, weights_NK, at)
+    expected_ND = torch.zeros_like(found_ND)
+    for n in range(n_tokens):
+        for k in range(2):
+            gate_F, up_F = bank.gate_up_E2FD[ids_NK[n, k]] @ x_ND[n]
+            act_F = torch.nn.functional.silu(gate_F) * up_F
+            expected_ND[n] = expected_ND[n] + weights_NK[n, k] * bank.down_EDF[ids_NK[n, k]] @ act_F
+    torch.testing.assert_close(found_ND, expected_ND)

@@ -1,6 +1,5 @@
 """Ranks as Ray actors, on one machine: the same results, and an error when one dies."""
 
-import gc
 import os
 import signal
 import time
@@ -9,6 +8,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 from parallel.test_ranks import TEXT, in_time, lives, other
+from support.ray_cluster import ray_cluster
 
 import ernie_lab as el
 from ernie_lab.parallel.ranks import RankError
@@ -18,18 +18,8 @@ ray = pytest.importorskip("ray")
 
 @pytest.fixture
 def cluster() -> Iterator[None]:
-    """Ray on this machine. Its own start gives up after 15 s, which a busy machine may need."""
-    for attempt in range(3):
-        try:
-            ray.init(include_dashboard=False, log_to_driver=False, num_cpus=2)
-            break
-        except Exception:  # it raises no type of its own
-            ray.shutdown()
-            if attempt == 2:
-                raise
-    yield
-    ray.shutdown()
-    gc.collect()  # of what Ray leaves open, which is not the next test's
+    with ray_cluster():
+        yield
 
 
 @pytest.mark.slow
