@@ -81,6 +81,8 @@ def decode_ours(
             logits_BSV = model.unembed(hidden.normed_BSD, tap)
             hidden.commit()
             next_BS = logits_BSV[:, -1].argmax(-1, keepdim=True)
+        if recorder is not None:
+            recorder.settle()  # what was put aside is sorted out on the clock
 
     return run
 
@@ -124,7 +126,7 @@ def decoding(ours: Started, theirs: Started, n_new: int, pairs: int) -> Paired:
 def measured(dtype: str, pairs: int, quick: bool) -> list[dict[str, Any]]:
     both = pair(dtype, **({"num_hidden_layers": 2, "moe_num_experts": 8} if quick else {}))
     vocab, keep = both.ours.config.vocab_size, Keep.of("routing", all_sites(both.ours.model))
-    n, n_new, many = (16, 2, 2) if quick else (512, 16, max(25, pairs))
+    n, n_new, n_recorded, many = (16, 2, 2, 2) if quick else (512, 16, 64, max(25, pairs))
     rows = []
 
     def add(name: str, found: Paired) -> None:
@@ -135,9 +137,15 @@ def measured(dtype: str, pairs: int, quick: bool) -> list[dict[str, Any]]:
         return decoding(partial(decode_ours, *new), partial(decode_theirs, *new), n_new, pairs)
 
     def decodes_recorded() -> Paired:
-        new = both, tokens(1, n // 4, vocab), n_new
+        new = both, tokens(1, n // 4, vocab), n_recorded
         recorded, plain = partial(decode_ours, *new, keep), partial(decode_ours, *new)
-        return decoding(recorded, plain, n_new, many)
+        return decoding(recorded, plain, n_recorded, many)
+
+    def generates_recorded() -> Paired:
+        """As a user calls it, with the trace made."""
+        ids = tokens(1, n // 4, vocab)[0].tolist()
+        plain = partial(both.ours.generate, ids, max_new_tokens=n_recorded, temperature=0, stop=[])
+        return paired(partial(plain, keep="routing"), plain, many)
 
     for shape in ((1, n), (4, n // 4)):
         ids_BS = tokens(*shape, vocab)
@@ -154,12 +162,14 @@ def measured(dtype: str, pairs: int, quick: bool) -> list[dict[str, Any]]:
     add("decode, batch 1, a token", decodes(1))
     add("decode, batch 8, a token", decodes(8))
     add("decode, routing recorded / not", decodes_recorded())
+    add("generate, routing recorded / not", generates_recorded())
     compile_decode(both.ours.model)
     decode_ours(both, tokens(1, 4, vocab), 1)()
     decode_ours(both, tokens(8, 4, vocab), 1)()
     add("compiled decode, batch 1, a token", decodes(1))
     add("compiled decode, batch 8, a token", decodes(8))
     add("compiled decode, routing recorded / not", decodes_recorded())
+    add("compiled generate, routing recorded / not", generates_recorded())
     weights_ND = torch.randn(count_parameters(both.ours.config).active // WIDTH, WIDTH)
     streaming = partial(stream, weights_ND.to(both.ours.dtype))
     alone = decode_ours(both, tokens(1, 4, vocab), 1)

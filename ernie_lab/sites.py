@@ -17,7 +17,7 @@ import dataclasses
 import difflib
 import fnmatch
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence, Set
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal, Protocol, runtime_checkable
@@ -143,12 +143,19 @@ class BindableTap(Tap, Protocol):
 class CandidTap(Tap, Protocol):
     """A tap that says beforehand where it does something."""
 
-    def changes(self, paths: Set[str], /) -> bool:
+    def changes(self, paths: frozenset[str], /) -> bool:
         """May it return something else than it is given, at one of these sites?"""
         ...
 
-    def reads(self, paths: Set[str], /) -> Set[str]:
+    def reads(self, paths: frozenset[str], /) -> frozenset[str]:
         """Those of these sites that it has to be called at."""
+        ...
+
+    def accept(self, values: Mapping[str, Tensor], /) -> None:
+        """All at once what it reads, by path in forward order, instead of a call at each site.
+
+        The tensors are copies of what flowed, and its own from now on.
+        """
         ...
 
 
@@ -166,17 +173,20 @@ class Idle:
     def bind(self, step: Step, /) -> Tap:  # noqa: ARG002
         return self
 
-    def changes(self, paths: Set[str], /) -> bool:  # noqa: ARG002
+    def changes(self, paths: frozenset[str], /) -> bool:  # noqa: ARG002
         return False
 
-    def reads(self, paths: Set[str], /) -> Set[str]:  # noqa: ARG002
+    def reads(self, paths: frozenset[str], /) -> frozenset[str]:  # noqa: ARG002
         return frozenset()
+
+    def accept(self, values: Mapping[str, Tensor], /) -> None:
+        pass
 
 
 idle = Idle()
 
 
-def may_change(tap: Tap, paths: Set[str]) -> bool:
+def may_change(tap: Tap, paths: frozenset[str]) -> bool:
     """Could what flows through these sites be replaced? Of a tap that does not say: yes."""
     # Not `isinstance`, which looks through a protocol's members anew in each layer.
     changes = getattr(tap, "changes", None)

@@ -44,7 +44,8 @@ class Packs(Protocol):
 def packed_parameters(module: nn.Module) -> Iterator[tuple[str, Packs]]:
     """By the name that the parameter would have."""
     for path, part in module.named_modules():
-        if isinstance(part, Packs):
+        # The attribute first: to look through the protocol's members takes 30 us for each part.
+        if hasattr(part, "fills") and isinstance(part, Packs):
             owner = path.rpartition(".")[0]
             yield f"{owner}.{part.fills}" if owner else part.fills, part
 

@@ -8,9 +8,9 @@ that silently did nothing is the commonest wrong result in this field.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Mapping, Sequence, Set
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -22,7 +22,7 @@ from ernie_lab.interventions.parts import differ, part_at, with_parts
 from ernie_lab.interventions.protocol import Edit, Exchange, Narrowed, Reads
 from ernie_lab.model.kinds import Model
 from ernie_lab.model.quantised import named_weights
-from ernie_lab.sites import BindableTap, Idle, Site, Step, Tap, idle, may_change
+from ernie_lab.sites import BindableTap, CandidTap, Idle, Site, Step, Tap, idle, may_change
 
 __all__ = [
     "Edit",
@@ -142,11 +142,15 @@ class EditTap:
     def wants(self, site: Site, /) -> bool:
         return site.path in self.by_path or site.path in self.noted or self.then.wants(site)
 
-    def changes(self, paths: Set[str], /) -> bool:
+    def changes(self, paths: frozenset[str], /) -> bool:
         return not paths.isdisjoint(self.by_path) or may_change(self.then, paths)
 
-    def reads(self, paths: Set[str], /) -> Set[str]:
+    def reads(self, paths: frozenset[str], /) -> frozenset[str]:
         return paths  # all that flows is looked at: which values are noted, and what follows
+
+    def accept(self, values: Mapping[str, Tensor], /) -> None:
+        self._values.update({path: x for path, x in values.items() if path in self.noted})
+        cast("CandidTap", self.then).accept(values)  # or it would have been called
 
     def __call__(self, site: Site, x: Tensor, /) -> Tensor:
         told_by = x  # of `embed`, which tells the tokens: before any edit

@@ -14,7 +14,7 @@ its parameters are arguments.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping, Set
+from collections.abc import Callable, Mapping
 from inspect import signature
 from operator import attrgetter
 from typing import Any, TypeAlias, cast
@@ -157,7 +157,7 @@ class CompiledDecode:
         return out_BSD, routings
 
 
-def show(values: Values, sites: Mapping[str, Site], paths: Set[str], tap: Tap) -> None:
+def show(values: Values, sites: Mapping[str, Site], paths: frozenset[str], tap: Tap) -> None:
     """To the tap what it reads at `paths`; it has said that it changes nothing there."""
     wanted = cast("CandidTap", tap).reads(paths)  # `may_change` asked it before
     if not wanted:

@@ -13,7 +13,7 @@ than the step itself, is warned of and not used.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Set
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from threading import Lock
 from typing import TypeAlias, cast
@@ -26,7 +26,7 @@ from torch.nn.functional import embedding
 
 from ernie_lab.model.banks import BankRows
 from ernie_lab.model.cache import StaticCache
-from ernie_lab.model.compiled import MOST_SEQUENCES, Values, show
+from ernie_lab.model.compiled import MOST_SEQUENCES, Values
 from ernie_lab.model.kinds import Model
 from ernie_lab.model.rope import Rotation, rotation, rotation_3d
 from ernie_lab.model.stack import block_list, run_blocks
@@ -53,10 +53,10 @@ class CollectAll:
     def wants(self, site: Site, /) -> bool:
         return not site.path.endswith(_LEFT_OUT)
 
-    def changes(self, paths: Set[str], /) -> bool:  # noqa: ARG002
+    def changes(self, paths: frozenset[str], /) -> bool:  # noqa: ARG002
         return False
 
-    def reads(self, paths: Set[str], /) -> Set[str]:
+    def reads(self, paths: frozenset[str], /) -> frozenset[str]:
         return paths
 
     def __call__(self, site: Site, x: Tensor, /) -> Tensor:
@@ -233,8 +233,9 @@ class Graphed:
         step.read(model, ids_BS, positions_BS)
         step.cache.aim(self.cache.length, self._n_prompt)
         values = self._room.replay()
-        wanted = cast("CandidTap", tap).reads(owner.paths)
-        show(_copies({p: x for p, x in values.items() if p in wanted}), owner.sites, wanted, tap)
+        candid = cast("CandidTap", tap)  # `serves` asked it
+        wanted = candid.reads(owner.paths)
+        candid.accept(_copies({path: x for path, x in values.items() if path in wanted}))
         after_B = positions_BS[:, -1] + 1 if isinstance(model, VLModel) else None
         self.cache.commit(1, after_B)
         return values["logits"].clone()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence, Set
+from collections.abc import Collection, Container, Mapping, Sequence
 from itertools import accumulate
 from typing import Any
 
@@ -14,7 +14,8 @@ from ernie_lab.sites import Site, SiteError, Step, Tap
 from ernie_lab.trace import described
 from ernie_lab.trace.budget import refuse_unknown_end
 from ernie_lab.trace.flow import Flow
-from ernie_lab.trace.keep import Keep, KeptSite
+from ernie_lab.trace.keep import Keep
+from ernie_lab.trace.pending import Aside, Pending, fired_twice
 from ernie_lab.trace.pictures import with_media
 from ernie_lab.trace.pieces import Piece, future_fill, take
 from ernie_lab.trace.provenance import Provenance
@@ -39,31 +40,61 @@ class Recorder:
         self.grad = grad
         self.paths = keep.paths
         self.rules = {rule.site.path: rule for rule in keep.kept}
-        self.bank_paths = frozenset(rule.site.bank_path for rule in keep.kept if rule.site.bank)
+        banks = (rule.site.bank_path for rule in keep.kept)
+        self.bank_paths = frozenset(path for path in banks if path is not None)
         self.listens = self.bank_paths.union(self.rules)
         self._filters = {rule.positions for rule in keep.kept}
         self._ragged = any(rule.site.ragged for rule in keep.kept)
+        self.heard: dict[frozenset[str], frozenset[str]] = {}
+        self._n_bound = 0
+        self._pending = Pending()
         self._steps: list[StepRows] = []
         self._columns_BT: Tensor | None = None
         self._pieces: list[dict[str, Piece]] = []
         self._flowed: list[dict[str, Tensor]] = []
 
     def bind(self, step: Step, /) -> Tap:
-        if step.index != len(self._steps):
+        if step.index != self._n_bound:
             raise ValueError(
-                f"forward {step.index} cannot follow {len(self._steps)} recorded ones; bind a "
+                f"forward {step.index} cannot follow {self._n_bound} recorded ones; bind a "
                 "recorder once per forward, from the first on"
             )
-        if step.index > 0:
+        if step.index == 1:
             for rule in self.keep.kept:
                 refuse_unknown_end(rule, grows=True)
         if step.index > 0 and step.grids:
             raise ValueError(f"forward {step.index} has pictures; only a prefill can have them")
+        can_wait = self._can_wait(step)
+        if not can_wait or not self._pending.takes(step):
+            self.settle()
+        into = self._pending.begin(step) if can_wait else self._sorter(step)
+        self._n_bound += 1
+        return _Bound(self, into)
+
+    def _can_wait(self, step: Step) -> bool:
+        """Is it a step whose rows and values may be sorted out later? See `pending`."""
+        if step.index == 0 or self.grad or self._ragged:
+            return False
+        assert self._columns_BT is not None
+        given = (step.mask, step.modality, step.bank)
+        wanted = len(self._columns_BT), 1
+        return all(x is None or x.shape == wanted for x in given)
+
+    def _sorter(self, step: Step) -> _Sorter:
         rows, self._columns_BT = step_rows(step, self._columns_BT, self._filters, self._ragged)
         self._steps.append(rows)
         self._pieces.append({})
         self._flowed.append({})
-        return _StepRecorder(self, rows, self._pieces[-1], self._flowed[-1])
+        return _Sorter(self, rows, self._pieces[-1], self._flowed[-1])
+
+    def settle(self) -> None:
+        """Sort out the decode steps that were put aside; `bind` and `trace` do so by themselves."""
+        pending, self._pending = self._pending, Pending()
+        if not pending:
+            return
+        for step, values in zip(pending.steps, pending.values, strict=True):
+            self._require_fired(step.index, values, has_pictures=False)
+        self._sorter(pending.as_one()).put_all(pending)
 
     def wants(self, site: Site, /) -> bool:
         return site.path in self.paths
@@ -106,6 +137,7 @@ class Recorder:
         """
         if unknown := sorted(set(edited) - {site.path for site in sites}):
             raise SiteError(f"edited={unknown} are no sites of this model")
+        self.settle()
         self._require_all_fired()
         self._require_banks(sites, routers)
         assert self._columns_BT is not None
@@ -117,6 +149,7 @@ class Recorder:
         media_of_trace = with_media(pictures, media)
         values, flows = self._joined(lengths)
         self._steps, self._columns_BT, self._pieces, self._flowed = [], None, [], []
+        self._n_bound = 0
         by_bank = {"text": routers} if isinstance(routers, Routers) else dict(routers or {})
         return Trace(
             context=tokens,
@@ -156,17 +189,20 @@ class Recorder:
     def _require_all_fired(self) -> None:
         if not self._steps:
             raise RuntimeError("nothing was recorded: bind the recorder to a forward first")
-        for index, (step, stored) in enumerate(zip(self._steps, self._pieces, strict=True)):
-            silent = [
-                path
-                for path, rule in self.rules.items()
-                if path not in stored and (step.grids or not rule.site.of_pictures)
-            ]
-            if silent:
-                raise RuntimeError(
-                    f"{len(silent)} kept sites did not fire in forward {index}, first: "
-                    f"{min(silent)}; an interrupted forward cannot be made into a trace"
-                )
+        for step, stored in zip(self._steps, self._pieces, strict=True):
+            self._require_fired(step.index, stored, has_pictures=bool(step.grids))
+
+    def _require_fired(self, index: int, stored: Container[str], has_pictures: bool) -> None:
+        silent = [
+            path
+            for path, rule in self.rules.items()
+            if path not in stored and (has_pictures or not rule.site.of_pictures)
+        ]
+        if silent:
+            raise RuntimeError(
+                f"{len(silent)} kept sites did not fire in forward {index}, first: "
+                f"{min(silent)}; an interrupted forward cannot be made into a trace"
+            )
 
     def _require_banks(
         self, sites: Sequence[Site], routers: Routers | Mapping[str, Routers] | None
@@ -182,8 +218,39 @@ class Recorder:
             )
 
 
-class _StepRecorder:
+class _Bound:
     """The recorder during one forward."""
+
+    __slots__ = ("_heard", "_into", "_listens", "_paths")
+
+    def __init__(self, recorder: Recorder, into: Aside | _Sorter) -> None:
+        self._paths, self._listens, self._into = recorder.paths, recorder.listens, into
+        self._heard = recorder.heard
+
+    def wants(self, site: Site, /) -> bool:
+        return site.path in self._paths
+
+    def changes(self, paths: frozenset[str], /) -> bool:  # noqa: ARG002
+        return False
+
+    def reads(self, paths: frozenset[str], /) -> frozenset[str]:
+        # Asked at each block of each step. A frozenset knows its hash.
+        found = self._heard.get(paths)
+        if found is None:
+            found = self._heard[paths] = paths & self._listens
+        return found
+
+    def __call__(self, site: Site, x: Tensor, /) -> Tensor:
+        if site.path in self._listens:
+            self._into.put(site.path, x)
+        return x
+
+    def accept(self, values: Mapping[str, Tensor], /) -> None:
+        self._into.put_own({path: x for path, x in values.items() if path in self._listens})
+
+
+class _Sorter:
+    """Takes the rows of one forward's values as they come."""
 
     __slots__ = ("_banks", "_flowed", "_pieces", "_recorder", "_rows")
 
@@ -197,31 +264,37 @@ class _StepRecorder:
         self._recorder, self._rows, self._pieces, self._flowed = recorder, rows, pieces, flowed
         self._banks: dict[str, tuple[Tensor, dict[str, Subset]]] = {}
 
-    def wants(self, site: Site, /) -> bool:
-        return site.path in self._recorder.paths
-
-    def changes(self, paths: Set[str], /) -> bool:  # noqa: ARG002
-        return False
-
-    def reads(self, paths: Set[str], /) -> Set[str]:
-        return paths & self._recorder.listens
-
-    def __call__(self, site: Site, x: Tensor, /) -> Tensor:
-        if site.path in self._recorder.bank_paths:
-            self._note_banks(site.path, x)
-        if site.path not in self._recorder.paths:
-            return x
-        if site.path in self._pieces:
-            raise RuntimeError(
-                f"{site.path} fired twice in one forward; bind the recorder anew for each forward"
-            )
-        rule = self._recorder.rules[site.path]
+    def put(self, path: str, x: Tensor) -> None:
+        if path in self._recorder.bank_paths:
+            self._note_banks(path, x)
+        if path not in self._recorder.paths:
+            return
+        if path in self._pieces:
+            raise fired_twice(path)
+        rule = self._recorder.rules[path]
         if self._recorder.grad:
-            self._flowed[site.path] = x
-            self._pieces[site.path] = self._take(rule, x)
+            self._flowed[path] = x
         else:
-            self._pieces[site.path] = self._take(rule, x.detach())
-        return x
+            x = x.detach()
+        self._pieces[path] = take(rule, self._rows, x, self.member(rule.site))
+
+    def put_own(self, values: Mapping[str, Tensor]) -> None:
+        for path, x in values.items():
+            self.put(path, x)
+
+    def put_all(self, pending: Pending) -> None:
+        for path in self._recorder.bank_paths:
+            self._note_banks(path, pending.value(path))
+        for path, rule in self._recorder.rules.items():
+            if path in pending.values[0]:
+                self.put(path, pending.value(path, self.member(rule.site)))
+
+    def member(self, site: Site) -> Subset | None:
+        """The rows of a bank, for its sites."""
+        if site.bank is None or site.bank_path is None:
+            return None
+        _, members = self._banks[site.bank_path]
+        return members[site.bank]
 
     def _note_banks(self, path: str, bank_BS: Tensor) -> None:
         """Which rows each bank of this layer gets; unless it is edited, all layers share them."""
@@ -230,9 +303,3 @@ class _StepRecorder:
                 self._banks[path] = known
                 return
         self._banks[path] = bank_BS, bank_members(bank_BS)
-
-    def _take(self, rule: KeptSite, x: Tensor) -> Piece:
-        if rule.site.bank is None or rule.site.bank_path is None:
-            return take(rule, self._rows, x)
-        _, members = self._banks[rule.site.bank_path]
-        return take(rule, self._rows, x, members[rule.site.bank])

@@ -74,7 +74,8 @@ def bank_members(bank_BS: Tensor) -> dict[str, Subset]:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class StepRows:
-    """One forward: its rows under every positions filter, and the real columns of the cache.
+    """One forward, or some decode steps as one: its rows under every positions filter, and the
+    real columns of the cache.
 
     Indices into activations lie on the mask's device, the rest on the CPU. `keys` and
     `Rows.columns` are empty unless asked for. `modality_BS` and `bank_BS` are those of the step;
@@ -82,6 +83,7 @@ class StepRows:
     """
 
     phase: Phase
+    index: int
     shape: tuple[int, int]
     rows: Mapping[Positions | None, Rows]
     keys: tuple[Tensor, ...]
@@ -123,6 +125,7 @@ def step_rows(
     grids = tuple(Grid(*grid) for grid in step.grids)
     made = StepRows(
         step.phase,
+        step.index,
         (mask_BS.shape[0], mask_BS.shape[1]),
         rows,
         keys,

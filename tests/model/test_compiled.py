@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Set
+from collections.abc import Iterator
 from typing import Any
 
 import jaxtyping
@@ -197,10 +197,10 @@ def test_a_tap_that_breaks_its_word_is_found_out(text: el.Lab) -> None:
         def wants(self, site: Site, /) -> bool:
             return False
 
-        def changes(self, paths: Set[str], /) -> bool:
+        def changes(self, paths: frozenset[str], /) -> bool:
             return False
 
-        def reads(self, paths: Set[str], /) -> Set[str]:
+        def reads(self, paths: frozenset[str], /) -> frozenset[str]:
             return paths
 
         def __call__(self, site: Site, x: Tensor, /) -> Tensor:

@@ -1,0 +1,112 @@
+"""Decode steps put aside as they pass, to be sorted out many at a time.
+
+Which rows of a step are real tokens, and where they stand, takes some forty small operations on
+the CPU; converting what flowed takes a few more for each site, and waits for a GPU. A step of one
+token a sequence has no time for that. Put side by side, n of them have the layout of one forward
+over n tokens, and are sorted out as such.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from ernie_lab.sites import Step
+from ernie_lab.trace.rows import Subset
+
+# Put aside at most. More gain nothing: at 64, sorting out is a hundredth of what passing costs.
+MOST_STEPS = 64
+MOST_BYTES = 2**26
+
+
+class Aside:
+    """What flows in one step, by path."""
+
+    __slots__ = ("values",)
+
+    def __init__(self) -> None:
+        self.values: dict[str, Tensor] = {}
+
+    def put(self, path: str, x: Tensor) -> None:
+        """Keep a copy."""
+        if path in self.values:
+            raise fired_twice(path)
+        self.values[path] = x.detach().clone() if x.requires_grad else x.clone()
+
+    def put_own(self, values: Mapping[str, Tensor]) -> None:
+        """Keep copies that somebody else has made."""
+        for path in values.keys() & self.values.keys():
+            raise fired_twice(path)
+        self.values.update(values)
+
+
+class Pending:
+    """Steps of one token a sequence, one after the other, and copies of what flowed in them."""
+
+    def __init__(self) -> None:
+        self.steps: list[Step] = []
+        self.masks: list[Tensor] = []
+        self.values: list[dict[str, Tensor]] = []
+        self._most = MOST_STEPS
+
+    def __len__(self) -> int:
+        return len(self.steps)
+
+    def takes(self, step: Step) -> bool:
+        """Is there room, and is it like the ones put aside?"""
+        if not self.steps:
+            return True
+        if len(self) == 1:  # the others are as large
+            n_bytes = sum(x.nbytes for x in self.values[0].values())
+            self._most = min(MOST_STEPS, MOST_BYTES // max(1, n_bytes))
+        return len(self) < self._most and _kind(step) == _kind(self.steps[0])
+
+    def begin(self, step: Step) -> Aside:
+        """Put a step aside, and what will flow in it."""
+        aside = Aside()
+        self.steps.append(step)
+        self.masks.append(step.mask.clone())
+        self.values.append(aside.values)
+        return aside
+
+    def as_one(self) -> Step:
+        """All of them as one forward over as many positions."""
+        first, steps = self.steps[0], self.steps
+        modality = [step.modality for step in steps if step.modality is not None]
+        bank = [step.bank for step in steps if step.bank is not None]
+        return Step(
+            first.phase,
+            first.index,
+            torch.cat([step.positions for step in steps], dim=1),
+            torch.cat(self.masks, dim=1),
+            torch.cat(modality, dim=1) if modality else None,
+            torch.cat(bank, dim=1) if bank else None,
+        )
+
+    def value(self, path: str, member: Subset | None = None) -> Tensor:
+        """What flowed at a site, as one forward over all positions would have had it.
+
+        `member` tells the rows of a bank: they stand step by step here, and sequence by sequence
+        in one forward.
+        """
+        pieces = [values[path] for values in self.values]
+        if member is None:
+            return torch.cat(pieces, dim=1)
+        x_N = torch.cat(pieces)
+        if len(x_N) != len(member):
+            return x_N  # where shapes are checked, a wrong number of rows is told of
+        member_BS = member.member_N.view(-1, len(self))
+        place_SB = (member_BS.T.flatten().cumsum(0) - 1).view(len(self), -1)
+        return x_N[place_SB.T[member_BS].to(x_N.device)]
+
+
+def _kind(step: Step) -> tuple[object, ...]:
+    return step.phase, step.modality is None, step.bank is None
+
+
+def fired_twice(path: str) -> RuntimeError:
+    return RuntimeError(
+        f"{path} fired twice in one forward; bind the recorder anew for each forward"
+    )
