@@ -67,8 +67,8 @@ def attention_summary(
             `top_weight` (…, rank); -1 and 0 where a query has fewer keys.
         histogram: adds `distance_mass` (…, bin), the weight of keys by distance, in bins that
             begin at 0, 1, 2, 4, 8, …
-        block_bytes: memory for the scores of a block of queries; but for rounding, nothing
-            depends on it.
+        block_bytes: memory for the scores of a block of queries, and as much for its weights;
+            but for rounding, nothing depends on it.
 
     Raises `NotKept` for what is missing, and `ValueError` where an edit changed `scores` or
     `pattern`: what flowed then does not follow from queries and keys.
@@ -81,11 +81,11 @@ def attention_summary(
         raise ValueError(f"top={top}: sequence {kept.sequence} has {n_keys} keys")
     names, member_TC = _members(kept, groups)
     edges = distance_edges(n_keys) if histogram else []
-    summed_GTC = summands(kept.k_TGA, member_TC)
+    summed_CT = summands(member_TC)
     found = _joined(
         len(kept.pos_S),
         (
-            block.reduced(summed_GTC, top, edges)
+            block.reduced(summed_CT, top, edges)
             for block in blocks(kept.q_SHA, kept.k_TGA, kept.pos_S, block_bytes)
         ),
     )
@@ -118,7 +118,7 @@ def attention_rows(
     kept = _kept(trace, layer, sequence, queries)
     n_keys = len(kept.k_TGA)
     rows = (
-        {"pattern": pad(block.pattern(), (0, n_keys - block.k_GTA.shape[1]))}
+        {"pattern": pad(block.pattern(), (0, n_keys - block.weights_GXT.shape[-1]))}
         for block in blocks(kept.q_SHA, kept.k_TGA, kept.pos_S, block_bytes)
     )
     pattern_HST = _joined(len(kept.pos_S), rows)["pattern"]

@@ -35,9 +35,9 @@ def test_by_hand() -> None:
     k_TGA = torch.tensor([[[0.0]], [[math.log(3)]]])
     columns_TC = torch.tensor([[1.0], [0.0]])
     (block,) = blocks(q_SHA, k_TGA, torch.arange(2), 2**20)
-    summed_GTC = summands(k_TGA, columns_TC)
-    assert summed_GTC.tolist() == [[[0, 1, 0, 1], [pytest.approx(math.log(3)), 1, 1, 0]]]
-    found = {name: x[0] for name, x in block.reduced(summed_GTC, 2, distance_edges(2)).items()}
+    summed_CT = summands(columns_TC)
+    assert summed_CT.tolist() == [[0, 1], [1, 0]]
+    found = {name: x[0] for name, x in block.reduced(summed_CT, 2, distance_edges(2)).items()}
     entropy = 0.25 * math.log(4) + 0.75 * math.log(4 / 3)
     assert found["entropy"].tolist() == pytest.approx([0, entropy], abs=1e-6)
     assert found["first"].tolist() == pytest.approx([1, 0.25])
