@@ -12,6 +12,7 @@ import argparse
 import resource
 import subprocess
 import sys
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -32,12 +33,14 @@ def recorded(lab: el.Lab, n_tokens: int) -> el.Trace:
     return lab.run(ids, keep=el.keep(*KEEP, layers=[LAYER]), logits="last").trace
 
 
-def summarised(trace: el.Trace, full: bool = False) -> Any:
+SUMS, GROUPS, ALL = "sums", "sums, groups, distances", "sums, groups, distances, 8 largest keys"
+
+
+def summarised(trace: el.Trace, what: str = SUMS) -> Any:
     half = len(trace) // 2
-    groups = ["first half"] * half + ["second half"] * (len(trace) - half) if full else None
-    return el.analysis.attention_summary(
-        trace, LAYER, groups=groups, top=8 if full else 0, histogram=full
-    )
+    groups = ["first half"] * half + ["second half"] * (len(trace) - half)
+    more = {} if what == SUMS else {"groups": groups, "histogram": True}
+    return el.analysis.attention_summary(trace, LAYER, top=8 if what == ALL else 0, **more)
 
 
 def one_layer(lab: el.Lab, n_tokens: int) -> Any:
@@ -58,24 +61,24 @@ def timings(lab: el.Lab, lengths: list[int], pairs: int) -> list[dict[str, Any]]
     rows = []
     for n_tokens in lengths:
         trace, layer = recorded(lab, n_tokens), one_layer(lab, n_tokens)
-        for name, full in (("sums", False), ("sums, groups, top 8, distances", True)):
-            found = paired(lambda t=trace, f=full: summarised(t, f), layer, pairs, warm=1)
-            rows.append({"tokens": n_tokens, "reductions": name} | found.row())
+        for what in (SUMS, GROUPS, ALL):
+            found = paired(partial(summarised, trace, what), layer, pairs, warm=1)
+            rows.append({"tokens": n_tokens, "reductions": what} | found.row())
     return rows
 
 
-def memory(n_tokens: int, full: bool) -> float:
+def memory(n_tokens: int, what: str) -> float:
     """MiB of peak memory of the reductions alone, in a process of their own."""
     code = (
         f"import resource, torch; torch.set_num_threads({THREADS})\n"
         "from benchmarks.attention import recorded, summarised\n"
         "from benchmarks.shapes import ours_alone\n"
-        f"lab = ours_alone(); summarised(recorded(lab, 64), {full})\n"
+        f"lab = ours_alone(); summarised(recorded(lab, 64), {what!r})\n"
         f"trace = recorded(lab, {n_tokens})\n"
         "held = open('/proc/self/clear_refs', 'w'); held.write('5'); held.close()\n"
         "read = lambda name: next(int(l.split()[1]) for l in open('/proc/self/status') "
         "if l.startswith(name))\n"
-        f"before = read('VmRSS'); summarised(trace, {full}); print(read('VmHWM') - before)"
+        f"before = read('VmRSS'); summarised(trace, {what!r}); print(read('VmHWM') - before)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     return int(done.stdout.split()[-1]) / 1024
@@ -110,11 +113,11 @@ def main() -> None:
     lab = ours_alone()
     lengths = [128] if quick else [1024, 4096]
     longest = 256 if quick else parser.parse_args().longest
-    rows = timings(lab, lengths, 2 if quick else 9)
+    rows = timings(lab, lengths, 2 if quick else 25)
     mib = {
-        f"{n} tokens, {'everything' if full else 'sums'}": round(memory(n, full), 1)
+        f"{n} tokens, {what}": round(memory(n, what), 1)
         for n in (lengths[-1], longest)
-        for full in (False, True)
+        for what in (SUMS, ALL)
     }
     found = {
         "timings": rows,

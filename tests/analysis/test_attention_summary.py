@@ -6,6 +6,7 @@ from itertools import pairwise
 import numpy as np
 import pytest
 import torch
+from torch.nn.functional import pad
 
 import ernie_lab as el
 from ernie_lab.analysis import attention_rows, attention_summary
@@ -36,7 +37,7 @@ def test_by_hand() -> None:
     columns_TC = torch.tensor([[1.0], [0.0]])
     (block,) = blocks(q_SHA, k_TGA, torch.arange(2), 2**20)
     summed_CT = summands(columns_TC)
-    assert summed_CT.tolist() == [[0, 1], [1, 0]]
+    assert summed_CT[:, :2].tolist() == [[0, 1], [1, 0]] and not summed_CT[:, 2:].any()
     found = {name: x[0] for name, x in block.reduced(summed_CT, 2, distance_edges(2)).items()}
     entropy = 0.25 * math.log(4) + 0.75 * math.log(4 / 3)
     assert found["entropy"].tolist() == pytest.approx([0, entropy], abs=1e-6)
@@ -87,6 +88,59 @@ def test_equals_the_map(trace: el.Trace, sequence: int, block_bytes: int) -> Non
         np.testing.assert_allclose(found["distance_mass"].values[..., i], there, atol=1e-5)
     assert found.attrs == {"layer": 3, "sequence": sequence}
     assert found["query_text"].values.tolist() == pattern["query_text"].values.tolist()
+
+
+@pytest.mark.parametrize("asked", [slice(None), slice(130, 510), slice(5, None, 7)])
+@pytest.mark.parametrize("n_rows", [1, 32, 64, 50, 512])
+def test_long_rows_in_blocks(asked: slice, n_rows: int) -> None:
+    """Lengths at which keys are looked at in chunks and distances along skewed rows."""
+    random = torch.Generator().manual_seed(n_rows)
+    n_keys, n_heads, n_groups, width = 520, 4, 2, 8
+    q_SHA = 3 * torch.randn(n_keys, n_heads, width, generator=random)
+    k_TGA = torch.randn(n_keys, n_groups, width, generator=random)
+    pos_S = torch.arange(n_keys)[asked]
+    given = q_SHA[asked], k_TGA, pos_S, 4 * n_heads * n_keys * n_rows
+    columns_TC = torch.rand(n_keys, 2, generator=random)
+    edges = distance_edges(n_keys)
+    summed_CT = summands(columns_TC)
+    parts = [block.reduced(summed_CT, 3, edges) for block in blocks(*given)]
+    found = {name: torch.cat([part[name] for part in parts], dim=1) for name in parts[0]}
+
+    k_THA = k_TGA.double().repeat_interleave(n_heads // n_groups, dim=1)
+    scores_HST = torch.einsum("sha,tha->hst", q_SHA[asked].double(), k_THA) / math.sqrt(width)
+    back_ST = pos_S[:, None] - torch.arange(n_keys)
+    map_HST = scores_HST.masked_fill(back_ST < 0, -math.inf).softmax(-1)
+    largest = map_HST.topk(3)
+    expected = {
+        "entropy": torch.special.entr(map_HST).sum(-1),
+        "largest": largest.values[..., 0],
+        "first": map_HST[..., 0],
+        "distance": (map_HST * back_ST).sum(-1),
+        "mass": map_HST @ columns_TC.double(),
+        "top_weight": largest.values,
+        "distance_mass": torch.stack(
+            [
+                (map_HST * ((back_ST >= low) & (back_ST < high))).sum(-1)
+                for low, high in pairwise([*edges, n_keys])
+            ],
+            dim=-1,
+        ),
+    }
+    for name, values in expected.items():
+        relative = n_keys if name == "distance" else 1
+        torch.testing.assert_close(
+            found[name].double() / relative, values / relative, rtol=0, atol=1e-5, msg=name
+        )
+    several_S = pos_S >= 2
+    weight_HSN = map_HST.gather(-1, found["top_key"].clamp(min=0))
+    torch.testing.assert_close(
+        weight_HSN[:, several_S], largest.values[:, several_S], rtol=0, atol=1e-5
+    )
+    assert torch.equal(found["top_key"] < 0, found["top_weight"] == 0)
+    rows = torch.cat(
+        [pad(b.pattern(), (0, n_keys - b.pattern().shape[-1])) for b in blocks(*given)], 1
+    )
+    torch.testing.assert_close(rows.double(), map_HST, rtol=0, atol=1e-5)
 
 
 def test_rows_are_the_maps_rows(trace: el.Trace) -> None:
