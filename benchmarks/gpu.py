@@ -161,16 +161,19 @@ def routing(lab: el.Lab, device: str = "cpu") -> Keep:
     return Keep.of(el.keep("routing", device=device), all_sites(lab.model))
 
 
-def steps_of(lab: el.Lab, batch: Batch, n_new: int, keep: Keep | None) -> Any:
-    settings = Settings(max_new_tokens=n_new, sampling=Sampling(temperature=0))
-    return decode(lab.model, batch, settings, tap=idle if keep is None else Recorder(keep))
-
-
 def started(lab: el.Lab, batch: Batch, n_new: int, keep: Keep | None) -> Callable[[], None]:
-    """Prefilled, and what decodes the rest."""
-    steps = steps_of(lab, batch, n_new + 1, keep)
+    """Prefilled, and what decodes the rest and sorts out what was recorded."""
+    settings = Settings(max_new_tokens=n_new + 1, sampling=Sampling(temperature=0))
+    recorder = None if keep is None else Recorder(keep)
+    steps = decode(lab.model, batch, settings, tap=recorder or idle)
     next(steps)
-    return lambda: deque(steps, maxlen=0)  # type: ignore[func-returns-value]
+
+    def run() -> None:
+        deque(steps, maxlen=0)
+        if recorder is not None:
+            recorder.settle()
+
+    return run
 
 
 @torch.no_grad()
@@ -199,7 +202,7 @@ def decode_recorded(report: Report, lab: el.Lab, batch: Batch, sizes: Sizes) -> 
 
 
 def decode_to_host(lab: el.Lab, batch: Batch, sizes: Sizes) -> dict[str, Any]:
-    """The same with what is recorded copied to the CPU at each step, which is the default."""
+    """The same with what is recorded copied to the CPU, 64 steps at a time: the default."""
     new = lab, batch, sizes.new
     ways = partial(started, *new, routing(lab)), partial(started, *new, None)
     return decoding(*ways, sizes.new, sizes.pairs).row()
@@ -220,7 +223,7 @@ def generate_beside(both: Pair, batch: Batch, sizes: Sizes) -> dict[str, Any]:
         )
 
     def ours() -> None:
-        deque(steps_of(both.ours, batch, n_new, keep), maxlen=0)
+        started(both.ours, batch, n_new - 1, keep)()
 
     return paired(ours, theirs, max(1, sizes.pairs // 3), warm=1).row()
 

@@ -27,6 +27,7 @@ from numpy.typing import NDArray
 
 from ernie_lab.analysis.balance import load, max_violation, multinomial_reference
 from ernie_lab.analysis.balance_groups import counts_by_document
+from ernie_lab.analysis.information import null_p95
 from ernie_lab.analysis.token_groups import (
     By,
     Floats,
@@ -267,7 +268,7 @@ def _correlation(
         "correlation": float(_pearson(bias_E, load_E[None])[0]),
         "correlation_low": low,
         "correlation_high": high,
-        "correlation_chance": float(np.quantile(chance, 0.95)),
+        "correlation_chance": null_p95(chance),
     }
 
 

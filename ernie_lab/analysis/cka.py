@@ -28,6 +28,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy.special import stdtrit  # quantiles of t; scipy.stats takes seconds to import
 
+from ernie_lab.analysis.information import null_p95, null_p95s
 from ernie_lab.interventions.bootstrap import CONFIDENCE
 
 if TYPE_CHECKING:
@@ -110,7 +111,7 @@ def layer_cka(
         labelled(value_LL),
         labelled(low_LL),
         labelled(high_LL),
-        float(np.percentile(np.stack(shuffled), 95, axis=0).max()),
+        float(null_p95s(np.stack(shuffled)).max()),
         len(rows_N),
         _n_documents(states, rows_N),
     )
@@ -156,7 +157,7 @@ def paired_cka(
                 "low": low[0, 0],
                 "high": high[0, 0],
                 "null_mean": np.mean(null),
-                "null_p95": np.percentile(null, 95),
+                "null_p95": null_p95(null),
                 "n": n,
             }
         )

@@ -15,6 +15,7 @@ import torch
 from numpy.typing import NDArray
 
 from ernie_lab.analysis.components import HasModel, model_of
+from ernie_lab.analysis.information import null_p95
 from ernie_lab.analysis.isolation import router_cosines
 from ernie_lab.model.banks import BankedMoE
 from ernie_lab.model.experts import ExpertBank
@@ -134,7 +135,7 @@ def _random_rows(n_experts: int, width: int, n_random: int, seed: int) -> dict[s
     return {
         "random_sd": width**-0.5,
         "random_mean_size": float(np.mean(sizes)),
-        "random_largest_p95": float(np.percentile(largest, 95)),
+        "random_largest_p95": null_p95(largest),
     }
 
 

@@ -198,10 +198,15 @@ def null_p95(drawn: ArrayLike) -> float:
     interpolated percentile of 20 draws would be exceeded in 9 % of cases. Of fewer than 19 draws
     it is the largest, and p is 1 / (n + 1).
     """
-    ordered = np.sort(np.asarray(drawn, dtype=np.float64), axis=None)
+    return float(null_p95s(np.ravel(drawn)))
+
+
+def null_p95s(draws_RX: ArrayLike) -> Floats:
+    """`null_p95` of each column."""
+    ordered_RX = np.sort(np.asarray(draws_RX, dtype=np.float64), axis=0)
     # In whole numbers: 0.95 * 20 is not exactly 19.
-    rank = min(-(-95 * (len(ordered) + 1) // 100), len(ordered))
-    return float(ordered[rank - 1])
+    rank = min(-(-95 * (len(ordered_RX) + 1) // 100), len(ordered_RX))
+    return np.asarray(ordered_RX[rank - 1])
 
 
 def _parts(draws_RD: NDArray[np.int64], n_cells: int) -> Iterator[NDArray[np.int64]]:

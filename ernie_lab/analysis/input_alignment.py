@@ -18,6 +18,7 @@ from torch import Tensor
 from ernie_lab.analysis.choices import Choices, choices, place_of
 from ernie_lab.analysis.components import HasModel
 from ernie_lab.analysis.geometry import mixture
+from ernie_lab.analysis.information import null_p95
 from ernie_lab.analysis.token_groups import Floats, Integers
 from ernie_lab.interventions.bootstrap import draws_of, ends
 from ernie_lab.model.kinds import Model
@@ -70,7 +71,7 @@ def input_alignment(
             "n_sent": np.bincount(ids_NK.ravel(), minlength=chosen.n_experts),
             "sent": sent_E, "not_sent": not_sent_E, "apart": apart_E, "low": low_E, "high": high_E,
             "redrawn": random.mean() if random.size else np.nan,
-            "redrawn_p95": np.percentile(random, 95) if random.size else np.nan,
+            "redrawn_p95": null_p95(random) if random.size else np.nan,
             "random_sd": weight_ED.shape[1] ** -0.5,
         }
     )  # fmt: skip

@@ -14,7 +14,7 @@ import numpy as np
 import pandas as pd
 
 from ernie_lab.analysis.choices import Choices, choices, ids_of
-from ernie_lab.analysis.information import Rows
+from ernie_lab.analysis.information import Rows, null_p95
 from ernie_lab.analysis.nulls import Permuted, permuted
 from ernie_lab.analysis.token_groups import By, Integers, groups_of, token_coordinate
 from ernie_lab.display import visible
@@ -91,7 +91,7 @@ def path_information(
         rows.append(
             {
                 "layer": layer, "next_layer": chosen.layers[place + 1], "information": bits,
-                "chance": chance, "chance_p95": float(np.percentile(null, 95)),
+                "chance": chance, "chance_p95": null_p95(null),
                 "excess": bits - chance, "low": low - chance, "high": high - chance,
                 "share": (bits - chance) / entropy if entropy > 0 else np.nan,
                 "n_tokens": len(here_N),

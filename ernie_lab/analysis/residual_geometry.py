@@ -30,6 +30,7 @@ import pandas as pd
 from numpy.typing import NDArray
 from scipy import sparse
 
+from ernie_lab.analysis.information import null_p95
 from ernie_lab.analysis.nulls import Permuted, constant_within, permuted
 from ernie_lab.interventions.bootstrap import draws_of, estimate, interval
 
@@ -112,12 +113,12 @@ def residual_geometry(
             low, high = interval(_cosine(drawn, a, b), n_documents)
             cosines[layer, kinds[a], kinds[b]] = {
                 "cosine": float(_cosine(whole, a, b)[0]), "low": low, "high": high,
-                "null_p05": float(np.quantile(_cosine(shuffled, a, b), 0.05)),
+                "null_p05": -null_p95(-_cosine(shuffled, a, b)),
             }  # fmt: skip
         low, high = interval(_share(drawn), n_documents)
         between[layer] = {
             "share": float(_share(whole)[0]), "low": low, "high": high,
-            "null_p95": float(np.quantile(_share(shuffled), 0.95)),
+            "null_p95": null_p95(_share(shuffled)),
         }  # fmt: skip
     return ResidualGeometry(
         _framed(norms, ["layer", "kind"]).astype({"n_tokens": int}),
