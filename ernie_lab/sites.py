@@ -152,9 +152,9 @@ class CandidTap(Tap, Protocol):
         ...
 
     def accept(self, values: Mapping[str, Tensor], /) -> None:
-        """All at once what it reads, by path in forward order, instead of a call at each site.
+        """At once what it reads of some sites, by path, instead of a call at each.
 
-        The tensors are copies of what flowed, and its own from now on.
+        The tensors are its own: nothing else changes them from now on.
         """
         ...
 

@@ -77,9 +77,8 @@ class Block(nn.Module):
             moe=self.moe.sites if self.moe else None,
             resid_post=Site(f"{path}.resid_post", "b s d", "residual stream, after the MLP"),
         )
-        # By path without the layer.
-        self.by_name = {site.path[len(path) + 1 :]: site for site in flatten(self.sites)}
-        self.paths = frozenset(site.path for site in self.by_name.values())
+        self.paths = frozenset(site.path for site in flatten(self.sites))
+        self.start = len(path) + 1  # of a path without the layer
 
     def forward(
         self,

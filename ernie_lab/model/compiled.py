@@ -6,7 +6,7 @@ they lie, those of experts read only the chosen ones, and the rest fuses.
 
 What is compiled is the reference itself, in two pieces (before and after the heads look at
 the cache), run with a tap that collects what flows through each site. These values leave the
-compiled function as outputs and are shown to the real tap afterwards, so what is recorded is
+compiled function as outputs and are handed to the real tap afterwards, so what is recorded is
 what was computed, and recording changes no bit. All blocks of one kind share a compilation:
 its parameters are arguments.
 """
@@ -38,11 +38,16 @@ Values: TypeAlias = dict[str, Tensor]
 MOST_SEQUENCES = FEW_TOKENS
 
 
+# What goes in, or on to another layer, the heads or the cache: a tap gets copies of these. All else
+# that leaves a compiled piece is read by nobody but the tap, and by the losses.
+GO_ON = frozenset(("resid_pre", "attn.v", "attn.q_rot", "attn.k_rot", "moe.bank", "resid_post"))
+
+
 class Collect:
     """The tap inside a compiled function. By path without its layer: what flowed there."""
 
-    def __init__(self, layer: int) -> None:
-        self.start = len(f"blocks.{layer}.")
+    def __init__(self, start: int) -> None:
+        self.start = start
         self.values: Values = {}
 
     def wants(self, site: Site, /) -> bool:
@@ -64,7 +69,7 @@ class Before(nn.Module):
     def forward(
         self, resid_BSD: Tensor, rotation: Rotation
     ) -> tuple[tuple[Tensor, Tensor, Tensor], Values]:
-        block, tap = self.block, Collect(self.block.layer)
+        block, tap = self.block, Collect(self.block.start)
         resid_BSD = tap(block.sites.resid_pre, resid_BSD)
         normed_BSD = block.norm1(resid_BSD, block.sites.norm1, tap)
         return block.attn.read(normed_BSD, rotation, tap), tap.values
@@ -80,7 +85,7 @@ class After(nn.Module):
     def forward(
         self, resid_BSD: Tensor, z_BSHA: Tensor, banks: BankRows | None
     ) -> tuple[tuple[Tensor, Mapping[str, Routing]], Values]:
-        block, tap = self.block, Collect(self.block.layer)
+        block, tap = self.block, Collect(self.block.start)
         attn_out_BSD = block.attn.write(z_BSHA, tap)
         return block.after(resid_BSD, attn_out_BSD, banks, tap), tap.values
 
@@ -146,28 +151,27 @@ class CompiledDecode:
         tap: Tap,
     ) -> tuple[Tensor, Mapping[str, Routing]]:
         assert cache is not None
+        wanted = cast("CandidTap", tap).reads(block.paths)  # `serves` asked it
         (q_BSHA, k_BSGA, v_BSGA), values = self.before(block, resid_BSD, rotation)
-        show(values, block.by_name, block.paths, tap)
+        hand_over(values, block, wanted, tap)
         k_BTGA, v_BTGA = cache.extend(block.layer, k_BSGA, v_BSGA)
         z_BSHA = block.attn.mix(q_BSHA, k_BTGA, v_BTGA, visible_BST, tap)
         if tap.wants(block.sites.attn.result):
             tap(block.sites.attn.result, block.attn.results(z_BSHA))
         (out_BSD, routings), values = self.after(block, resid_BSD, z_BSHA, banks)
-        show(values, block.by_name, block.paths, tap)
+        hand_over(values, block, wanted, tap)
         return out_BSD, routings
 
 
-def show(values: Values, sites: Mapping[str, Site], paths: frozenset[str], tap: Tap) -> None:
-    """To the tap what it reads at `paths`; it has said that it changes nothing there."""
-    wanted = cast("CandidTap", tap).reads(paths)  # `may_change` asked it before
-    if not wanted:
-        return
-    for name, x in values.items():
-        site = sites[name]
-        if site.path not in wanted or (site.on_demand and not tap.wants(site)):
-            continue
-        if tap(site, x) is not x:
-            raise RuntimeError(f"{site.path} was changed by a tap that said it would not")
+def hand_over(values: Values, block: Block, wanted: frozenset[str], tap: Tap) -> None:
+    """To the tap what it reads there; it has said that it changes nothing."""
+    found: Values = {}
+    for path in wanted:
+        name = path[block.start :]
+        if name in values:
+            found[path] = values[name].clone() if name in GO_ON else values[name]
+    if found:
+        cast("CandidTap", tap).accept(found)
 
 
 class CompilerMissing(RuntimeError):

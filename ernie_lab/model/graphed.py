@@ -13,7 +13,7 @@ than the step itself, is warned of and not used.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from threading import Lock
 from typing import TypeAlias, cast
@@ -58,6 +58,9 @@ class CollectAll:
 
     def reads(self, paths: frozenset[str], /) -> frozenset[str]:
         return paths
+
+    def accept(self, values: Mapping[str, Tensor], /) -> None:
+        self.values.update(values)
 
     def __call__(self, site: Site, x: Tensor, /) -> Tensor:
         self.values[site.path] = x

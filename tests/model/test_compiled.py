@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jaxtyping
@@ -13,6 +13,7 @@ from torch import Tensor
 
 import ernie_lab as el
 from ernie_lab.model import compiled, graphed
+from ernie_lab.model.banks import BankRows
 from ernie_lab.model.cache import KVCache
 from ernie_lab.model.stack import block_list
 from ernie_lab.sites import Site, all_sites, idle
@@ -192,8 +193,21 @@ def test_prefills_gradients_and_unknown_taps_are_not_served(text: el.Lab) -> Non
     assert not serves(block, one, cache, idle)
 
 
-def test_a_tap_that_breaks_its_word_is_found_out(text: el.Lab) -> None:
-    class Liar:
+def storage(x: Tensor) -> int:
+    return x.untyped_storage().data_ptr()
+
+
+@pytest.mark.parametrize("name", ["tiny-text", "tiny-vl"])
+@pytest.mark.parametrize("n_sequences", [1, 2])
+def test_a_tap_owns_what_it_accepts(
+    name: str, n_sequences: int, text: el.Lab, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing that goes in or on lies in the memory of what a tap keeps."""
+    lab = text if name == "tiny-text" else el.load(name, compile=True)
+    accepted: dict[str, Tensor] = {}
+    elsewhere: set[int] = set()
+
+    class Owner:
         def wants(self, site: Site, /) -> bool:
             return False
 
@@ -203,14 +217,42 @@ def test_a_tap_that_breaks_its_word_is_found_out(text: el.Lab) -> None:
         def reads(self, paths: frozenset[str], /) -> frozenset[str]:
             return paths
 
-        def __call__(self, site: Site, x: Tensor, /) -> Tensor:
-            return x + 1 if site.path == "blocks.2.moe.router_logits" else x
+        def accept(self, values: Mapping[str, Tensor], /) -> None:
+            assert not accepted.keys() & values.keys()
+            accepted.update(values)
 
-    ids = torch.tensor([[5, 6, 7]])
+        def __call__(self, site: Site, x: Tensor, /) -> Tensor:
+            elsewhere.add(storage(x))
+            return x
+
+    inner = compiled.Piece.__call__
+
+    def call(self: Any, block: Any, *given: Any) -> Any:
+        out, values = inner(self, block, *given)
+        passed = (*given, *out) if isinstance(out[1], Tensor) else (*given, out[0])
+        for x in passed:
+            elsewhere.update(storage(one) for one in tensors_in(x))
+        kept.append(passed)
+        return out, values
+
+    kept: list[Any] = []  # so that no memory is used twice
+    monkeypatch.setattr(compiled.Piece, "__call__", call)
+    ids = torch.tensor([[65, 66, 67]] * n_sequences)
     with torch.no_grad():
-        out = text.model(ids, use_cache=True)
-        with pytest.raises(RuntimeError, match=r"blocks\.2\.moe\.router_logits was changed"):
-            text.model(ids[:, :1], past_key_values=out.past_key_values, tap=Liar())
+        out = lab.model(ids, use_cache=True)
+        lab.model(ids[:, :1], past_key_values=out.past_key_values, tap=Owner())
+    elsewhere.update(storage(x) for x in lab.model.parameters())
+    inside = [path for path in accepted if path.startswith("blocks.")]
+    assert len(inside) > 15 * lab.config.decoder.n_layers
+    assert [path for path in inside if storage(accepted[path]) in elsewhere] == []
+
+
+def tensors_in(x: Any) -> list[Tensor]:
+    if isinstance(x, Tensor):
+        return [x] if x.numel() else []
+    if isinstance(x, BankRows):
+        x = x.bank_BS, *x.rows
+    return [] if x is None else [one for part in x for one in tensors_in(part)]
 
 
 def test_without_a_compiler_it_warns_and_decodes(monkeypatch: pytest.MonkeyPatch) -> None:
