@@ -43,9 +43,19 @@ class AblationExplorer:
         self.switches = start
         self.change: Change = text.without(start)
         self.error: Exception | None = None
-        self._quiet = False
+        self._quiet = self._ready = False
         self._build()
         self._write()
+        self._ready = True
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        mine = name.startswith("_") or name in ("switches", "change", "error")
+        if not mine and getattr(self, "_ready", False):
+            raise AttributeError(
+                f"setting {name!r} would change nothing that is shown; "
+                "explorer.set(shared=[3], experts={4: [0, 7]}, how=…) switches parts off"
+            )
+        super().__setattr__(name, value)
 
     # From Python.
 

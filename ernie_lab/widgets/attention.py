@@ -16,7 +16,7 @@ from ernie_lab.plots.style import AMOUNT
 from ernie_lab.plots.token_names import names
 from ernie_lab.plots.tokens import shortened, shown_text
 from ernie_lab.plots.view import View
-from ernie_lab.widgets.live import script, shades, with_still
+from ernie_lab.widgets.live import require_state, script, shades, with_still
 
 Floats: TypeAlias = NDArray[Any]
 
@@ -96,6 +96,10 @@ class AttentionExplorer(anywidget.AnyWidget):
             },
         )
         self._show_tokens()
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        require_state(self, name)
+        super().__setattr__(name, value)
 
     def _pattern(self, layer: int, sequence: int) -> Any:
         """The maps of one layer; the last one stays in memory."""

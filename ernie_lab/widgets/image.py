@@ -13,7 +13,7 @@ from ernie_lab.plots.image_values import plot_image_value
 from ernie_lab.plots.panels import HUES, VEIL
 from ernie_lab.plots.pictures import TraceLike, model_name
 from ernie_lab.plots.view import View
-from ernie_lab.widgets.live import one_of, script, shades, traced, with_still
+from ernie_lab.widgets.live import one_of, require_state, script, shades, traced, with_still
 from ernie_lab.widgets.pictured import SLOTS, Pictured, Place
 
 MOST_NUMBERED = 36  # columns of a still picture whose boxes have room for a number
@@ -73,6 +73,10 @@ class ImageExplorer(anywidget.AnyWidget):
             },
         )
         self._show_picture()
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        require_state(self, name)
+        super().__setattr__(name, value)
 
     def _known_values(self) -> list[list[str]]:
         """Entropy and margin need the router's probabilities."""

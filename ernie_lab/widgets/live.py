@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -48,6 +49,18 @@ def traced(given: Any, caller: str) -> TraceLike:
         way = ": pass its .trace" if hasattr(given, "trace") else ""
         raise TypeError(f"{caller} takes a Trace, not {type(given).__name__}{way}")
     return given
+
+
+def require_state(explorer: Any, name: str) -> None:
+    """Raise where a public name that is set is none of a view's state: nothing would change."""
+    if name.startswith("_") or hasattr(type(explorer), name):
+        return
+    state = [known for known in explorer.trait_names(sync=True) if not known.startswith("_")]
+    near = get_close_matches(name, state, n=1)
+    raise AttributeError(
+        f"{type(explorer).__name__} has no {name!r}"
+        + (f", did you mean {near[0]!r}?" if near else f"; its state: {', '.join(sorted(state))}")
+    )
 
 
 def one_of(name: str, value: T, known: list[T]) -> T:

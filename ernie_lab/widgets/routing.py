@@ -12,7 +12,7 @@ from ernie_lab.plots.pictures import TraceLike, model_name
 from ernie_lab.plots.style import MARK
 from ernie_lab.plots.view import View
 from ernie_lab.trace.keys import NotKept
-from ernie_lab.widgets.live import one_of, script, shades, traced, with_still
+from ernie_lab.widgets.live import one_of, require_state, script, shades, traced, with_still
 from ernie_lab.widgets.reading import Reading
 
 # Of the still picture: a page, and some 40 kB in a notebook.
@@ -60,6 +60,10 @@ class RoutingExplorer(anywidget.AnyWidget):
             },
         )
         self._show_tokens()
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        require_state(self, name)
+        super().__setattr__(name, value)
 
     def _banks(self) -> list[str]:
         """Those that read anything: without a picture the vision bank reads nothing."""

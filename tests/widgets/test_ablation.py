@@ -139,6 +139,12 @@ def test_an_edit_that_changes_nothing_says_so(explorer):
     assert "changed nothing" in short.status.value
 
 
+@pytest.mark.parametrize("name", ["layer", "how", "experts", "shard"])
+def test_what_is_set_past_the_switches_is_refused(explorer, name):
+    with pytest.raises(AttributeError, match=rf"setting '{name}'.*explorer\.set\(shared="):
+        setattr(explorer, name, 3)
+
+
 def test_hard_text_is_escaped():
     lab = small_lab()
     tokens = lab.tokenizer

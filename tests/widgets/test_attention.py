@@ -197,6 +197,13 @@ class Long:
         return xr.DataArray(maps, dims=("head", "query", "key"), coords=coords)
 
 
+def test_a_misspelt_name_is_not_set(view):
+    with pytest.raises(
+        AttributeError, match="AttentionExplorer has no 'haed', did you mean 'head'"
+    ):
+        view.haed = 2
+
+
 def test_two_thousand_tokens_are_pooled_with_a_window_in_full():
     long = Long()
     view = widgets.explore_attention(long, layer=27)

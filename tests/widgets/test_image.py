@@ -165,6 +165,11 @@ def test_errors_name_the_next_step(trace):
         explore_image(bare)
 
 
+def test_a_misspelt_name_is_not_set(trace):
+    with pytest.raises(AttributeError, match="ImageExplorer has no 'layr', did you mean 'layer'"):
+        explore_image(trace).layr = 2
+
+
 def test_a_real_trace_with_two_images_and_a_clip():
     from support.models import small_vl_model
     from vl_driver import MIXED, NEW, record

@@ -180,3 +180,15 @@ def test_a_real_trace():
         explore_routing(generation)
     with pytest.raises(ValueError, match="layer=99: this trace has"):
         view.layer = 99
+
+
+@pytest.mark.parametrize(
+    ("name", "told"),
+    [("layr", "did you mean 'layer'"), ("tokn", "'token"), ("quux", "its state: .*expert, layer")],
+)
+def test_a_misspelt_name_is_not_set(trace, name, told):
+    view = explore_routing(trace)
+    with pytest.raises(AttributeError, match=f"RoutingExplorer has no '{name}'.*{told}"):
+        setattr(view, name, 3)
+    view.layer = 3
+    assert view.layer == 3
