@@ -1,10 +1,15 @@
 """ernie_lab: record, see and change the expert routing of ERNIE 4.5 mixture-of-experts models.
 
-import ernie_lab as el
-
-lab = el.load("tiny-text")
-run = lab.run("Plants generate energy through", keep="routing")
-run.trace.expert_ids
+lab = el.load("tiny-text")                 a model: shipped, a folder, or a name on the hub
+run = lab.run(prompt, keep="routing")      one pass; run.trace is what was kept, by name
+lab.generate(prompt, max_new_tokens=20)    a continuation, recorded too if keep= says so
+el.keep("routing", layers=[1, 2])          what to keep, narrowed; lab.sites() lists all
+lab.run(prompt, edits=el.shared.zero())    edits: el.shared, el.experts, el.routing, el.edits
+el.compare(lab, prompts, {"off": edit})    the effect of edits, with intervals and noise floor
+el.analysis.balance_by(run.trace)          numbers of a trace
+el.plots.plot_expert_map(run.trace)        figures
+el.widgets.explore_routing(run.trace)      views to click through
+el.RecordPlan(model=…, corpus=…, folder=…).run()    the routing of a whole corpus
 """
 
 import importlib
@@ -21,7 +26,13 @@ if TYPE_CHECKING:
     )
     from ernie_lab.corpus import CorpusError, RecordPlan, RoutingStore
     from ernie_lab.experiments import Effects, LabComparison, compare, compare_labs, effects
-    from ernie_lab.inputs import BatchError, ImageError, PromptError, VideoError
+    from ernie_lab.inputs import (
+        BatchError,
+        ChatTemplateError,
+        ImageError,
+        PromptError,
+        VideoError,
+    )
     from ernie_lab.interventions import (
         EditChangedNothingWarning,
         EditError,
@@ -35,10 +46,13 @@ if TYPE_CHECKING:
     from ernie_lab.interventions.comparison import Comparison
     from ernie_lab.lab import Lab
     from ernie_lab.loading import load
-    from ernie_lab.results import Generation, Run
+    from ernie_lab.organisms.builtin import BuiltinError
+    from ernie_lab.results import Generation, NothingKept, Run
     from ernie_lab.sites import Site, SiteError, all_sites
     from ernie_lab.trace.budget import TraceTooLarge
     from ernie_lab.trace.keep import keep
+    from ernie_lab.trace.keys import NotKept
+    from ernie_lab.trace.storage import TraceFileError
     from ernie_lab.trace.trace import Trace
 
 __version__ = "0.1.0"
@@ -71,6 +85,8 @@ __all__ = [
     "all_sites",
     "save_model",
     "BatchError",
+    "BuiltinError",
+    "ChatTemplateError",
     "CheckpointError",
     "ConfigError",
     "CorpusError",
@@ -79,8 +95,11 @@ __all__ = [
     "ImageError",
     "ModelUnavailable",
     "NotEnoughMemory",
+    "NotKept",
+    "NothingKept",
     "PromptError",
     "SiteError",
+    "TraceFileError",
     "TraceTooLarge",
     "VideoError",
 ]
@@ -92,15 +111,18 @@ _HOMES = {
     "checkpoint": ("CheckpointError ConfigError ModelUnavailable NotEnoughMemory save_model"),
     "corpus": "CorpusError RecordPlan RoutingStore",
     "experiments": "Effects LabComparison compare compare_labs effects",
-    "inputs": "BatchError ImageError PromptError VideoError",
+    "inputs": "BatchError ChatTemplateError ImageError PromptError VideoError",
     "interventions": "EditChangedNothingWarning EditError at edit",
     "interventions.comparison": "Comparison",
     "lab": "Lab",
     "loading": "load",
-    "results": "Generation Run",
+    "organisms.builtin": "BuiltinError",
+    "results": "Generation NothingKept Run",
     "sites": "Site SiteError all_sites",
     "trace.budget": "TraceTooLarge",
     "trace.keep": "keep",
+    "trace.keys": "NotKept",
+    "trace.storage": "TraceFileError",
     "trace.trace": "Trace",
 }
 _HOME = {name: home for home, names in _HOMES.items() for name in names.split()}
@@ -122,11 +144,13 @@ def __getattr__(name: str) -> Any:
     elif name in _HOME:
         found = getattr(importlib.import_module(f"ernie_lab.{_HOME[name]}"), name)
     else:
-        raise AttributeError(f"module 'ernie_lab' has no attribute {name!r}")
+        nearest = importlib.import_module("ernie_lab.nearest")
+        where = nearest.in_words(name, __all__, _MODULES)
+        raise AttributeError(f"module 'ernie_lab' has no attribute {name!r}{where}")
     globals()[name] = found
     return found
 
 
 def __dir__() -> list[str]:
-    """Completion offers what is not imported yet, too."""
-    return sorted({*globals(), *__all__})
+    """Completion offers what is public, imported yet or not, and nothing else."""
+    return __all__

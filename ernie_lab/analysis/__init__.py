@@ -172,3 +172,8 @@ __all__ = [
     "gradient_attribution",
     "GradientAttribution",
 ]
+
+
+def __dir__() -> list[str]:
+    """Completion offers what is public here, and no imports."""
+    return __all__

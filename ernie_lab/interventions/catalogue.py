@@ -21,3 +21,8 @@ __all__ = [
     "save",
     "load",
 ]
+
+
+def __dir__() -> list[str]:
+    """Completion offers what is public here, and no imports."""
+    return __all__

@@ -30,10 +30,17 @@ from ernie_lab.sites import Site, all_sites, select
 from ernie_lab.trace.integers import integer
 from ernie_lab.trace.trace import Trace
 
+__all__ = ["off", "off_each_way", "swap"]
+
 _BESIDE = ExpertSites.under("beside")
 
 How: TypeAlias = Literal["zero", "renormalise", "next_best", "mean", "resample"]
 _REFERRING = ("mean", "resample")
+
+
+def __dir__() -> list[str]:
+    """Completion offers what is public here, and no imports."""
+    return __all__
 
 
 @dataclass(frozen=True, slots=True, repr=False)

@@ -53,6 +53,11 @@ __all__ = [
 ]
 
 
+def __dir__() -> list[str]:
+    """Completion offers what is public here, and no imports."""
+    return __all__
+
+
 def as_experts(ids: int | Iterable[int]) -> tuple[int, ...]:
     found = integers(ids, "experts")
     if not found:

@@ -28,8 +28,24 @@ from ernie_lab.sites import Site, all_sites
 from ernie_lab.trace.integers import integer
 from ernie_lab.trace.trace import Trace
 
+__all__ = [
+    "mean",
+    "permute_neurons",
+    "random_direction",
+    "resample",
+    "scale",
+    "swap",
+    "transplant",
+    "zero",
+]
+
 SITE = "moe.shared_out"
 _BESIDE = MLPSites.under("donor", "donor", "a donor")
+
+
+def __dir__() -> list[str]:
+    """Completion offers what is public here, and no imports."""
+    return __all__
 
 
 def zero(layers: Layers = None, **tokens: Unpack[Tokens]) -> Edit:

@@ -93,3 +93,8 @@ __all__ = [
     "token_html",
     "visible",
 ]
+
+
+def __dir__() -> list[str]:
+    """Completion offers what is public here, and no imports."""
+    return __all__

@@ -18,3 +18,8 @@ __all__ = [
     "explore_image",
     "explore_routing",
 ]
+
+
+def __dir__() -> list[str]:
+    """Completion offers what is public here, and no imports."""
+    return __all__

@@ -38,6 +38,7 @@ COMPOSERS = (
     "organisms",
     "cli",
     "demo",
+    "nearest",
     "__init__",
     "__main__",
 )

@@ -3,6 +3,7 @@
 import subprocess
 import sys
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
@@ -36,6 +37,8 @@ NAMES = [
     "all_sites",
     "save_model",
     "BatchError",
+    "BuiltinError",
+    "ChatTemplateError",
     "CheckpointError",
     "ConfigError",
     "CorpusError",
@@ -44,8 +47,11 @@ NAMES = [
     "ImageError",
     "ModelUnavailable",
     "NotEnoughMemory",
+    "NotKept",
+    "NothingKept",
     "PromptError",
     "SiteError",
+    "TraceFileError",
     "TraceTooLarge",
     "VideoError",
 ]
@@ -54,7 +60,7 @@ NAMES = [
 def test_names_are_pinned() -> None:
     assert el.__all__ == NAMES
     assert all(hasattr(el, name) for name in NAMES)
-    assert set(NAMES) <= set(dir(el)), "completion offers what is imported at first use"
+    assert dir(el) == sorted(NAMES), "completion offers what is imported at first use, no more"
     undocumented = [name for name in NAMES if not getattr(el, name).__doc__]
     assert not undocumented
 
@@ -89,8 +95,40 @@ def test_load_imports_only_what_it_needs() -> None:
 
 
 def test_nothing_else_is_an_attribute() -> None:
-    with pytest.raises(AttributeError, match="has no attribute 'lode'"):
+    with pytest.raises(AttributeError, match=r"no attribute 'lode', did you mean el\.load\?"):
         _ = el.lode
+
+
+@pytest.mark.parametrize(
+    "module", ["analysis", "plots", "widgets", "shared", "experts", "routing", "edits"]
+)
+def test_completion_offers_what_is_public(module: str) -> None:
+    """All that is imported or defined there for its users, and no dataclass, nn or submodule."""
+    found = getattr(el, module)
+    assert dir(found) == sorted(found.__all__)
+    assert all(getattr(found, name).__doc__ for name in found.__all__)
+    if found.__name__.endswith((".analysis", ".plots", ".widgets")):
+        there = {name for name, value in vars(found).items() if not isinstance(value, ModuleType)}
+        assert {name for name in there if not name.startswith("_")} == set(found.__all__)
+
+
+def test_a_name_of_a_subpackage_is_found_without_importing_it() -> None:
+    code = (
+        "import sys, ernie_lab as el\n"
+        "for name in ('explore_routing', 'balance_by', 'zero', 'plot_expert_mapp', 'qqqq'):\n"
+        "    try: getattr(el, name)\n"
+        "    except AttributeError as error: print(str(error).partition(name)[2])\n"
+        "print('matplotlib' in sys.modules, 'torch' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines() == [
+        "': it is el.widgets.explore_routing",
+        "': it is el.analysis.balance_by",
+        "': it is el.edits.zero or el.shared.zero",
+        "', did you mean el.plots.plot_expert_map?",
+        "'; dir(el) lists all",
+        "False False",
+    ]
 
 
 def test_transformers_is_never_needed() -> None:
