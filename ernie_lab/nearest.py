@@ -15,10 +15,11 @@ def in_words(name: str, own: Iterable[str], modules: Mapping[str, str]) -> str:
     """
     if name.startswith("_"):  # what tools ask every module for
         return ""
-    places = {known: [f"el.{known}"] for known in own}
+    places: dict[str, list[str]] = {}
     for module, path in modules.items():
         for known in _public(path):
             places.setdefault(known, []).append(f"el.{module}.{known}")
+    places |= {known: [f"el.{known}"] for known in own}
     if name in places:
         return f": it is {' or '.join(places[name])}"
     near = get_close_matches(name, places, n=1)
