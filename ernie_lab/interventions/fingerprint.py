@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ernie_lab.checkpoint.weight_sums import weight_sums
 from ernie_lab.trace.provenance import Provenance
 
 
@@ -113,10 +114,11 @@ class _Digest:
 
     def _model(self, model: nn.Module) -> None:
         self.say("model", type(model).__name__)
-        for name, x in model.state_dict().items():
-            wide = x.detach().double() if x.numel() < 1 << 20 else x.detach().float()
-            sums = float(wide.sum()), float(wide.abs().sum())
-            self.say(name, x.dtype, tuple(x.shape), *sums)
+        for line in weight_sums(model.state_dict()):
+            self.say(*line)
+        for name, part in model.named_modules():
+            if hasattr(part, "weights_elsewhere"):  # held by other ranks
+                self.say(name, *part.weights_elsewhere())
 
     def _function(self, fn: types.FunctionType) -> None:
         cells = [cell.cell_contents for cell in fn.__closure__ or ()]

@@ -92,6 +92,9 @@ class SplitAttention(nn.Module):
         super()._apply(fn, recurse)
         return self
 
+    def weights_elsewhere(self) -> list[str]:
+        return [] if self.ranks is None else self.ranks.sums(self.number, heads=True)
+
     def _not_here(self, name: str) -> str:
         return (
             f"the projection {name} is in pieces: {self.n_ranks} ranks hold its heads. What reads "

@@ -67,6 +67,9 @@ class SplitExpertBank(nn.Module):
         super()._apply(fn, recurse)
         return self
 
+    def weights_elsewhere(self) -> list[str]:
+        return [] if self.ranks is None else self.ranks.sums(self.number)
+
     def _not_here(self, name: str) -> str:
         return (
             f"{name} is in pieces: its experts are held by {len(self.held)} ranks, and rank 0 has "

@@ -47,6 +47,7 @@ class Kind(IntEnum):
     FORGET = 4  # a model, or with flags 1 a cache, that rank 0 has no more
     ANSWER = 5  # to SHOWN: what is to flow on; no tensor where nothing was changed
     ABORT = 6  # to SHOWN: nobody is interested any more
+    SUMS = 7  # of the weights of a bank, or with flags 1 of a layer's heads
     DONE = 10
     SHOWN = 11  # a value at a site, in the midst of a computation that waits for ANSWER
     FAILED = 12  # `text` is the traceback

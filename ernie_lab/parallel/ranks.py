@@ -71,6 +71,13 @@ class Ranks:
     def talk(self) -> Talk:
         return Talk(self._shared)
 
+    def sums(self, number: int, *, heads: bool = False) -> list[str]:
+        """What tells the weights of a bank, or of a layer's heads, from others; by rank."""
+        question = Message(Kind.SUMS, number, flags=int(heads))
+        with self.talk() as talk:
+            replies = talk.ask(dict.fromkeys(self.others, question)).result()
+        return [replies[rank].text for rank in self.others]
+
     def tell(self, message: Message) -> None:
         """Say something to all that nobody waits for; from a finalizer, so without the lock."""
         shared, all_of_them = self._shared, dict.fromkeys(self.others, message)

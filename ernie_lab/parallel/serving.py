@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from ernie_lab.checkpoint import NotEnoughMemory, Reader, detect, fill, read_config_file
 from ernie_lab.checkpoint.memory import HEADROOM, free_bytes
+from ernie_lab.checkpoint.weight_sums import weight_sums
 from ernie_lab.display import in_words
 from ernie_lab.model.attention import Attention
 from ernie_lab.model.experts import ExpertBank
@@ -74,6 +75,8 @@ class Server:
                     self._forget(question)
                 case Kind.EXPERTS | Kind.ATTEND:
                     return Message(Kind.DONE, tensors=(self._computed(question),))
+                case Kind.SUMS:
+                    return Message.of_text(Kind.DONE, self._sums(question))
                 case _:
                     pass  # ABORT of what is done already
         except Aborted:
@@ -88,6 +91,12 @@ class Server:
         if question.kind is Kind.EXPERTS:
             return answered(held.banks[part], question, self._show)
         return attended(held.layers[part], part, question, held.caches, self._show)
+
+    def _sums(self, question: Message) -> str:
+        model, part = divmod(question.number, PARTS)
+        held = self.models[model]
+        asked = held.layers[part] if question.flags else held.banks[part]
+        return "\n".join(" ".join(map(str, line)) for line in weight_sums(asked.state_dict()))
 
     def _forget(self, question: Message) -> None:
         if question.flags:  # a cache; which model's, its number does not say

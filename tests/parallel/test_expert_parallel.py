@@ -20,6 +20,7 @@ import ernie_lab as el
 from ernie_lab.checkpoint import Reader, detect, fill, save_model, write_config
 from ernie_lab.checkpoint.config import AttentionConfig, VisualIds
 from ernie_lab.checkpoint.names import LAYOUTS, VL_LAYOUTS
+from ernie_lab.interventions.fingerprint import fingerprint
 from ernie_lab.lab import Lab
 from ernie_lab.model.experts import ExpertBank
 from ernie_lab.model.kinds import build
@@ -123,6 +124,24 @@ def test_generation(load_over_two: Load) -> None:
     ]
     assert gens[0].tokens == gens[1].tokens
     assert_recorded_alike(gens[0].trace, gens[1].trace)
+
+
+@pytest.mark.parametrize("placement", ["ep:2", "ep:2+tp"])
+def test_weights_of_other_ranks_count_in_a_fingerprint(
+    load_over_two: Load, tmp_path: Path, placement: str
+) -> None:
+    folder = random_text(tmp_path)
+    one, again = (fingerprint(load_over_two(folder, placement).model) for _ in range(2))
+    assert one == again
+    other = el.load(folder)
+    with torch.no_grad():
+        if placement == "ep:2":
+            experts = other.model.blocks[1].moe.experts
+            experts.down_EDF[-1, 0, 0] += 1  # the last expert is held by rank 1
+        else:
+            other.model.blocks[0].attn.q.weight[-1, 0] += 1  # and so is the last head
+    changed = save_model(other.model, other.config, tmp_path / "other", layout="released")
+    assert fingerprint(load_over_two(changed, placement).model) != one
 
 
 def test_a_corpus(load_over_two: Load, tmp_path: Path) -> None:
