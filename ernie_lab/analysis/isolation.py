@@ -26,6 +26,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn.functional import linear
 
+from ernie_lab.analysis.components import HasModel, model_of
 from ernie_lab.checkpoint.config import VisualIds
 from ernie_lab.display import ranges
 from ernie_lab.inference.prefill import prefill, prefill_step
@@ -33,6 +34,7 @@ from ernie_lab.inputs.batch import Batch
 from ernie_lab.inputs.media import Grid
 from ernie_lab.inputs.visual_layout import BANKS, visual_layout
 from ernie_lab.interventions.edits import Edit, EditTap
+from ernie_lab.model.kinds import Model
 from ernie_lab.model.vl import VLModel
 from ernie_lab.sites import Site, Step, all_sites
 
@@ -110,7 +112,7 @@ def expected_bank(input_ids: Int[Tensor, "b s"], ids: VisualIds) -> Int[Tensor, 
 
 @torch.no_grad()
 def isolation_report(
-    model: VLModel,
+    model: VLModel | HasModel,
     inputs: Batch | Tensor,
     attention_mask: Tensor | None = None,
     *,
@@ -125,6 +127,7 @@ def isolation_report(
     they flow, and only a few numbers a token are kept.
 
     Args:
+        model: of two banks, or its `Lab`.
         inputs: what `lab.prepare(...)` returns; or token ids `[b s]`, and then `attention_mask`
             and, as for the model, `pixel_values=`, `image_grid_thw=` and those of videos.
         edits: what to change on the way, as for `lab.run`. Edited logits are of neither gate.
@@ -136,6 +139,12 @@ def isolation_report(
     """
     if isinstance(inputs, Batch) and (attention_mask is not None or pictures):
         raise ValueError("a batch holds its own mask and pictures; give it alone")
+    if not isinstance(inputs, Batch | Tensor):
+        raise TypeError(
+            "isolation_report takes the batch of lab.prepare(prompt, images=…), or token ids in a "
+            f"tensor, not a {type(inputs).__name__}"
+        )
+    model = _two_banks(model)
     gates = gates or {
         bank: {layer: router.weight_ED for layer, router in by_layer.items()}
         for bank, by_layer in model.routers().items()
@@ -151,6 +160,13 @@ def isolation_report(
     tap_here = tap.bind(_step(model, inputs, real_BS.bool(), pictures))
     runs(inputs, attention_mask, **pictures, logits_to_keep=1, tap=tap_here)
     return _report(probe.seen, inputs, real_BS.bool(), model.config.ids, tolerance)
+
+
+def _two_banks(model: Model | HasModel) -> VLModel:
+    own = model_of(model)
+    if not isinstance(own, VLModel):
+        raise ValueError("a text model has one bank of experts: nothing to keep apart")
+    return own
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
 from ernie_lab.analysis.attention_mass import AttentionMass, attention_mass
-from ernie_lab.analysis.isolation import IsolationReport, isolation_report
+from ernie_lab.analysis.isolation import IsolationReport, expected_bank, isolation_report
 from ernie_lab.analysis.router_alignment import router_alignment
 from ernie_lab.analysis.shared_ratio import shared_to_routed
 from ernie_lab.inputs.batch import Batch
@@ -81,6 +81,12 @@ def modality_isolation(
     assert moe is not None
     outputs = ["moe.routed_out", *(["moe.shared_out"] if moe.n_shared else [])]
     batch = lab.prepare(prompt, images=images, videos=videos)
+    of_pictures_BS = expected_bank(batch.input_ids, model.config.ids).bool() & batch.mask
+    if without := [i for i, row_S in enumerate(of_pictures_BS) if not row_S.any()]:
+        raise ValueError(
+            f"prompt {without[0]} has no picture, and modality_isolation measures text against "
+            "pictures: give every prompt its own, images=[picture] or videos="
+        )
     report = isolation_report(model, batch, edits=edits)
     trace = lab.run(
         prompt,

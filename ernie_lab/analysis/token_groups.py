@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from os import PathLike
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -38,14 +39,34 @@ class Groups:
 
 def routing_of(trace: Any) -> Any:
     """The routing that a trace holds; a trace with two banks raises and names them."""
-    if is_run(trace):
-        raise TypeError(f"a routing is wanted, not a {type(trace).__name__}: pass its .trace")
+    if way := instead_of(trace):
+        raise TypeError(
+            f"a routing is wanted (a trace, trace.routing(bank), expert ids), not a "
+            f"{type(trace).__name__}: {way}"
+        )
     return trace.routing() if callable(getattr(trace, "routing", None)) else trace
 
 
 def is_run(given: Any) -> bool:
     """A run, or a generation, where its trace is wanted (arrays have a method `trace`)."""
     return hasattr(given, "trace") and not callable(given.trace)
+
+
+def instead_of(given: Any) -> str:
+    """What to pass in the place of something that has a routing, or makes one, and is none.
+
+    Empty for all else. Known by what it has: recordings and models are no business of this module.
+    """
+    if isinstance(given, str | PathLike):
+        name = repr(str(given))
+        return f"el.Trace.load({name}) reads a saved trace, el.RoutingStore({name}) a recording"
+    if is_run(given):
+        return "pass its .trace"
+    if hasattr(given, "balance") and hasattr(given, "sample"):
+        return "store.balance(…) counts all of it, and store.sample(n_tokens) is a routing"
+    if hasattr(given, "run") and hasattr(given, "prepare"):
+        return "pass lab.run(prompt, keep='routing').trace"
+    return ""
 
 
 def groups_of(ids: Any, by: By | None) -> Groups:

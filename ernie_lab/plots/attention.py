@@ -58,7 +58,7 @@ def plot_attention(
     square root of the weight, so that 0.05 is seen beside an attention sink. Above 512 queries or
     keys blocks are pooled by their maximum: thin lines survive, the caption says so.
     """
-    map_ST = _checked(pattern, 2)
+    map_ST = _checked(pattern, 2, f"trace['pattern', {layer}].sel(head={head})")
     n_queries, n_keys = map_ST.shape
     rows = _query_rows(pattern, queries, n_queries, n_keys)
     keys = names(pattern, tokens, "key_")
@@ -110,7 +110,7 @@ def plot_attention_heads(
 
     `heads` are the true head numbers, by default the array's coordinate `head`.
     """
-    maps_HST = _checked(patterns, 3)
+    maps_HST = _checked(patterns, 3, f"trace['pattern', {layer}]")
     n_heads, n_queries, n_keys = maps_HST.shape
     known = heads if heads is not None else coordinate(patterns, "head")
     numbers = [int(h) for h in (range(n_heads) if known is None else known)]
@@ -152,11 +152,17 @@ def plot_attention_heads(
         )
 
 
-def _checked(given: ArrayLike, rank: int) -> Floats:
+def _checked(given: ArrayLike, rank: int, way: str) -> Floats:
+    """The weights as an array; `way` is what to pass in the place of something else."""
     wanted = "[query, key]" if rank == 2 else "[head, query, key]"
+    # Before numpy looks at it: a trace can be indexed, and is no array.
+    if not isinstance(given, list | tuple) and not hasattr(given, "__array__"):
+        raise TypeError(f"a pattern {wanted} is wanted, not a {type(given).__name__}: pass {way}")
     raw: NDArray[Any] = np.asarray(given)
     if raw.ndim != rank or 0 in raw.shape:
-        raise ValueError(f"a pattern of shape {raw.shape}, expected {wanted}, not empty")
+        raise ValueError(
+            f"a pattern of shape {raw.shape}, expected {wanted}, not empty: pass {way}"
+        )
     if raw.size > MAX_CELLS:
         raise ValueError(
             f"{raw.size / 1e6:.0f} million cells, at most {MAX_CELLS // 10**6}: pass "

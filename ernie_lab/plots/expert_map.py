@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from numbers import Integral
 from typing import Any, overload
 
 import numpy as np
@@ -10,7 +11,8 @@ from matplotlib.axes import Axes
 from matplotlib.collections import PolyCollection
 from numpy.typing import ArrayLike, NDArray
 
-from ernie_lab.analysis.token_groups import is_run
+from ernie_lab.analysis.balance import n_experts_of
+from ernie_lab.analysis.token_groups import instead_of
 from ernie_lab.plots.pictures import TraceLike, model_name
 from ernie_lab.plots.style import INK, MARK, MUTED, PALE, RULE
 from ernie_lab.plots.token_names import Tokens, names
@@ -82,6 +84,7 @@ def plot_expert_map(
 
     In place of `expert_ids` a trace will do, without weights, tokens and `n_experts`; of a model
     with two banks of experts it needs `bank=`, and its picture has the tokens of that bank alone.
+    So will the routing of one bank, `trace.routing(bank)`.
     """
     ids: Any = expert_ids
     if isinstance(ids, TraceLike):
@@ -89,12 +92,14 @@ def plot_expert_map(
         ids, expert_weights, n_experts = ledger.expert_ids, ledger.expert_weights, trace.n_experts
         tokens = trace.tokens if tokens is None else tokens
         model = model or model_name(trace, None)
+    elif hasattr(ids, "expert_ids"):
+        n_experts, bank = n_experts_of(ids), _own_bank(ids, bank)
+        ids, expert_weights = ids.expert_ids, ids.expert_weights
+    if way := instead_of(ids):
+        raise TypeError(
+            f"plot_expert_map draws a trace or expert ids, not a {type(ids).__name__}: {way}"
+        )
     if n_experts is None:
-        if is_run(ids):
-            raise TypeError(
-                f"plot_expert_map draws a trace or expert ids, not a {type(ids).__name__}: pass "
-                "its .trace"
-            )
         raise ValueError("n_experts= is needed: expert ids alone do not tell it")
     ids_LTK, weights_LTK = _arrays(ids, expert_weights, n_experts)
     layers = _numbers(layers, coordinate(ids, "layer"), len(ids_LTK), "layers")
@@ -177,6 +182,11 @@ def _arrays(
 def _numbers(
     given: Sequence[int] | None, found: Sequence[Any] | None, size: int, name: str
 ) -> list[int]:
+    if isinstance(given, Integral):
+        raise TypeError(
+            f"{name}={given} numbers the rows of expert_ids, one for each: a list of {size}; "
+            f"only_layers=[{given}] draws one of them"
+        )
     numbers = [int(x) for x in (given if given is not None else found or range(size))]
     if len(numbers) != size:
         raise ValueError(f"{name} has {len(numbers)} numbers for {size} rows")
@@ -186,6 +196,8 @@ def _numbers(
 def _rows(layers: Sequence[int], wanted: Sequence[int] | None) -> list[int]:
     if wanted is None:
         return list(range(len(layers)))
+    if isinstance(wanted, Integral):
+        raise TypeError(f"only_layers={wanted} must be a list: only_layers=[{wanted}]")
     absent = [layer for layer in wanted if layer not in layers]
     if absent or not len(wanted):
         raise ValueError(f"only_layers={list(wanted)}: the data has layers {list(layers)}")
@@ -289,6 +301,13 @@ def _bank(trace: TraceLike, bank: str) -> str:
             f"expert 5 of the other: pass {ways}"
         )
     return bank
+
+
+def _own_bank(routing: Any, bank: str) -> str:
+    own = getattr(routing, "bank", None) or ""
+    if bank and bank != own:
+        raise ValueError(f"bank={bank!r}: this is the routing of {own or 'the only'} bank")
+    return own
 
 
 def _caption(

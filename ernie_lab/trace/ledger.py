@@ -62,6 +62,11 @@ class RoutingLedger:
         return "moe" if self.bank is None else f"moe.{self.bank}"
 
     @property
+    def n_experts(self) -> int:
+        """Of this bank; `expert_ids` alone do not tell it."""
+        return self.routers.n_experts
+
+    @property
     def router_logits(self) -> xr.DataArray:
         """Before softmax."""
         return self._array("router_logits", self._kept("router_logits"), "expert")

@@ -46,3 +46,19 @@ def test_what_has_no_two_modalities(lab):
         el.analysis.modality_isolation(el.load("tiny-text"), "And God said")
     with pytest.raises(ValueError, match="has no picture"):
         el.analysis.modality_isolation(lab, "Value of good head?")
+
+
+def test_a_prompt_without_a_picture_is_named(lab):
+    with pytest.raises(ValueError, match=r"prompt 0 has no picture.*images=\[picture\]"):
+        el.analysis.modality_isolation(lab, "text only")
+
+
+def test_the_report_takes_a_lab_and_says_what_else_it_takes(lab):
+    batch = lab.prepare(TEXTS, images=IMAGES)
+    of_lab, of_model = (el.analysis.isolation_report(one, batch) for one in (lab, lab.model))
+    assert of_lab.isolated
+    pd.testing.assert_frame_equal(of_lab.table, of_model.table)
+    with pytest.raises(TypeError, match=r"lab\.prepare\(prompt, images=…\).*not a str"):
+        el.analysis.isolation_report(lab, "a prompt")
+    with pytest.raises(ValueError, match="one bank"):
+        el.analysis.isolation_report(el.load("tiny-text"), batch)

@@ -63,3 +63,55 @@ def test_a_run_in_the_place_of_its_trace():
 def test_an_array_is_no_run():
     with pytest.raises(ValueError, match="n_experts= is needed"):
         el.plots.plot_expert_map(np.zeros((1, 2, 1), int))
+
+
+@pytest.fixture(scope="module")
+def lab():
+    return el.load("tiny-text")
+
+
+@pytest.fixture(scope="module")
+def trace(lab):
+    return lab.run("And God said", keep=["routing", "attention"]).trace
+
+
+class Store:
+    balance = sample = None
+
+
+@pytest.mark.parametrize("takes", [el.analysis.balance_by, el.plots.plot_expert_map])
+def test_what_makes_a_routing_in_the_place_of_one(lab, takes):
+    with pytest.raises(TypeError, match=r"not a Lab: pass lab\.run\(prompt, keep='routing'\)"):
+        takes(lab)
+    with pytest.raises(TypeError, match=r"not a str: el\.Trace\.load\('run1'\) reads"):
+        takes("run1")
+    with pytest.raises(TypeError, match=r"not a Store: store\.balance.* store\.sample"):
+        takes(Store())
+
+
+def test_a_map_of_one_banks_routing_is_that_of_its_trace(trace):
+    ledger = trace.routing()
+    whole, one = el.plots.plot_expert_map(trace), el.plots.plot_expert_map(ledger)
+    n_experts = trace.n_experts
+    assert ledger.n_experts == n_experts == 16
+    assert one.alt == whole.alt.replace(" of tiny-text", "")
+    with pytest.raises(ValueError, match="bank='vision': this is the routing of the only bank"):
+        el.plots.plot_expert_map(ledger, bank="vision")
+
+
+def test_a_number_in_the_place_of_layers(trace):
+    with pytest.raises(TypeError, match=r"layers=3 numbers the rows.*only_layers=\[3\]"):
+        el.plots.plot_expert_map(trace, layers=3)
+    with pytest.raises(TypeError, match=r"must be a list: only_layers=\[3\]"):
+        el.plots.plot_expert_map(trace, only_layers=3)
+
+
+def test_a_trace_or_all_heads_in_the_place_of_a_pattern(trace):
+    way = r"pass trace\['pattern', 2\]\.sel\(head=1\)"
+    with pytest.raises(TypeError, match=rf"\[query, key\] is wanted, not a Trace: {way}"):
+        el.plots.plot_attention(trace, layer=2, head=1)
+    with pytest.raises(ValueError, match=rf"shape \(4, .*{way}"):
+        el.plots.plot_attention(trace["pattern", 2], layer=2, head=1)
+    with pytest.raises(TypeError, match=r"not a Trace: pass trace\['pattern', 2\]$"):
+        el.plots.plot_attention_heads(trace, layer=2)
+    el.plots.plot_attention(trace["pattern", 2].sel(head=1), layer=2, head=1)
