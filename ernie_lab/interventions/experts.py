@@ -7,19 +7,20 @@ of the vision bank.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal, TypeAlias, Unpack, get_args
 
 import torch
 from torch import Tensor, nn
 
+from ernie_lab.interventions.calling import called
 from ernie_lab.interventions.draws import key_sites, token_keys, uniforms
 from ernie_lab.interventions.here import EditError, Here
 from ernie_lab.interventions.parts import part_at
 from ernie_lab.interventions.protocol import Edit
 from ernie_lab.interventions.reference import expert_means, expert_rows
 from ernie_lab.interventions.routing import Forbid, among, as_experts, require_existing
-from ernie_lab.interventions.saying import as_call
+from ernie_lab.interventions.saying import AS, as_call
 from ernie_lab.interventions.targets import Layers, as_layers, in_bank, sibling, siblings
 from ernie_lab.interventions.values import Values
 from ernie_lab.interventions.where import Tokens, narrowed_to
@@ -86,7 +87,7 @@ class OtherOutput:
     layers: tuple[int, ...]
     ids: tuple[int, ...]
     how: Literal["mean", "resample"]
-    values: Values
+    values: Values = field(metadata={AS: "trace"})
     bank: str | None = None
     seed: int = 0
     __repr__ = as_call
@@ -168,6 +169,7 @@ class ExpertSwap:
         return out_ND
 
 
+@called("experts.off")
 def off(
     layer: Layers,
     ids: int | Iterable[int] | None = None,
@@ -194,6 +196,7 @@ def off(
         raise EditError(f"how={how!r} must be one of {', '.join(get_args(How))}")
     layers = as_layers(layer, "layer")
     experts = None if ids is None else as_experts(ids)
+    seed = integer(seed, "seed")
     if how == "mean" or how == "resample":
         if trace is None or experts is None or layers is None:
             raise EditError(f"how={how!r} needs layer, ids and trace= with expert_out and ids")
@@ -210,6 +213,7 @@ def off(
     return narrowed_to(WithoutWeight(layers, experts, divided, bank), tokens)
 
 
+@called("experts.off_each_way")
 def off_each_way(
     layer: Layers,
     ids: int | Iterable[int],
@@ -240,6 +244,7 @@ def off_each_way(
     }
 
 
+@called("experts.swap")
 def swap(layer: int, a: int, b: int, *, bank: str | None = None, **tokens: Unpack[Tokens]) -> Edit:
     """Experts `a` and `b` of one layer change places; the router stays. No weight is copied.
 

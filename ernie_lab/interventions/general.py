@@ -13,12 +13,13 @@ from typing import ClassVar, TypeAlias, Unpack
 import torch
 from torch import Tensor
 
+from ernie_lab.interventions.calling import called
 from ernie_lab.interventions.draws import key_sites, token_keys, uniforms
 from ernie_lab.interventions.here import EditError, Here
 from ernie_lab.interventions.lookup import looked_up
 from ernie_lab.interventions.protocol import Edit
 from ernie_lab.interventions.saying import as_call
-from ernie_lab.interventions.targets import Layers, Target, require_floats
+from ernie_lab.interventions.targets import Layers, Target, number, require_floats
 from ernie_lab.interventions.values import (
     Values,
     kept_paths,
@@ -29,9 +30,11 @@ from ernie_lab.interventions.values import (
 )
 from ernie_lab.interventions.where import Tokens, narrowed_to
 from ernie_lab.sites import Site
+from ernie_lab.trace.integers import integer
 from ernie_lab.trace.trace import Trace
 
 What: TypeAlias = "str | Site | Iterable[str | Site]"
+SHARED_OUT = "moe.shared_out"
 
 
 @dataclass(frozen=True, slots=True, repr=False)
@@ -42,8 +45,12 @@ class Scale:
     target: Target
     by: float
 
+    @property
+    def said(self) -> str:
+        return _said("zero" if self.by == 0 else "scale", self.target)
+
     def __repr__(self) -> str:
-        return f"zero({self.target!r})" if self.by == 0 else f"scale({self.target!r}, by={self.by})"
+        return as_call(self, unsaid="by" if self.by == 0 else "")
 
     def select(self, sites: Sequence[Site]) -> tuple[Site, ...]:
         return self.target.select(sites)
@@ -62,6 +69,10 @@ class Mean:
     target: Target
     values: Values
     __repr__ = as_call
+
+    @property
+    def said(self) -> str:
+        return _said("mean", self.target)
 
     def select(self, sites: Sequence[Site]) -> tuple[Site, ...]:
         return _with_values(self.target, self.values, sites)
@@ -82,6 +93,10 @@ class Resample:
     seed: int = 0
     __repr__ = as_call
 
+    @property
+    def said(self) -> str:
+        return _said("resample", self.target)
+
     def select(self, sites: Sequence[Site]) -> tuple[Site, ...]:
         return _with_values(self.target, self.values, sites)
 
@@ -101,6 +116,7 @@ class Patch:
     """Each token's value from the same (sequence, position) of a reference trace."""
 
     kind: ClassVar[str] = "patch"
+    said: ClassVar[str] = "edits.patch"
     target: Target
     values: Values
     missing: str = "error"
@@ -118,6 +134,7 @@ class Add:
     """`by` times a direction is added: steering."""
 
     kind: ClassVar[str] = "add"
+    said: ClassVar[str] = "edits.add"
     target: Target
     direction: Values
     by: float = 1.0
@@ -135,6 +152,12 @@ class Add:
                 f"{site.path}: {tuple(x.shape)} ({site.dims})"
             )
         return self.target.put(site, x, x + self.by * direction)
+
+
+def _said(kind: str, target: Target) -> str:
+    """As the shared experts' own function where there is one, which makes an equal edit."""
+    of_shared = target.what == (SHARED_OUT,) and target.heads is None
+    return f"shared.{kind}" if of_shared else f"edits.{kind}"
 
 
 def _with_values(target: Target, values: Values, sites: Sequence[Site]) -> tuple[Site, ...]:
@@ -156,6 +179,7 @@ def _kept(trace: Trace, target: Target) -> list[str]:
     return chosen
 
 
+@called("edits.zero")
 def zero(
     site: What, *, layers: Layers = None, heads: Layers = None, **tokens: Unpack[Tokens]
 ) -> Edit:
@@ -163,13 +187,15 @@ def zero(
     return narrowed_to(Scale(Target.of(site, layers, heads), 0.0), tokens)
 
 
+@called("edits.scale")
 def scale(
     site: What, by: float, *, layers: Layers = None, heads: Layers = None, **tokens: Unpack[Tokens]
 ) -> Edit:
     """`by` times the value."""
-    return narrowed_to(Scale(Target.of(site, layers, heads), float(by)), tokens)
+    return narrowed_to(Scale(Target.of(site, layers, heads), number(by, "by")), tokens)
 
 
+@called("edits.mean")
 def mean(
     site: What,
     trace: Trace,
@@ -188,6 +214,7 @@ def mean(
     return narrowed_to(Mean(target, values), tokens)
 
 
+@called("edits.resample")
 def resample(
     site: What,
     trace: Trace,
@@ -205,9 +232,10 @@ def resample(
     target = Target.of(site, layers, heads)
     refuse_maps(trace, _kept(trace, target), "row of another token that would fit")
     values = recorded_rows(trace, _kept(trace, target), f"rows of {len(trace)} tokens")
-    return narrowed_to(Resample(target, values, seed), tokens)
+    return narrowed_to(Resample(target, values, integer(seed, "seed")), tokens)
 
 
+@called("edits.patch")
 def patch(
     site: What,
     trace: Trace,
@@ -231,6 +259,7 @@ def patch(
     return narrowed_to(Patch(target, values, missing), tokens)
 
 
+@called("edits.add")
 def add(
     site: What,
     direction: Tensor,
@@ -242,4 +271,4 @@ def add(
 ) -> Edit:
     """Steering: `by` times `direction` (the last axis, or the last axes, of the site) is added."""
     held = Values({"direction": direction.detach().clone().cpu()}, "a direction")
-    return narrowed_to(Add(Target.of(site, layers, heads), held, float(by)), tokens)
+    return narrowed_to(Add(Target.of(site, layers, heads), held, number(by, "by")), tokens)

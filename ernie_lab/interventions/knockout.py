@@ -9,6 +9,7 @@ from typing import ClassVar, TypeAlias
 import torch
 from torch import Tensor
 
+from ernie_lab.interventions.calling import called
 from ernie_lab.interventions.here import EditError, Here
 from ernie_lab.interventions.protocol import Edit
 from ernie_lab.interventions.saying import as_call
@@ -26,6 +27,7 @@ class Knockout:
     """`attn.scores` from these queries to these keys are -inf. See `knockout`."""
 
     kind: ClassVar[str] = "knockout"
+    said: ClassVar[str] = "edits.knockout"
     queries: Where
     keys: Where
     target: Target
@@ -60,6 +62,7 @@ class Knockout:
         return out
 
 
+@called("edits.tokens")
 def tokens(
     where: str | Iterable[str] | None = None,
     *,
@@ -72,6 +75,7 @@ def tokens(
     return Where.of(positions, where, phase, steps, sequence)
 
 
+@called("edits.knockout")
 def knockout(
     queries: Group,
     keys: Group,

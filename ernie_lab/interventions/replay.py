@@ -9,10 +9,12 @@ from typing import ClassVar, Unpack
 import torch
 from torch import Tensor
 
+from ernie_lab.inputs.visual_layout import BANKS
+from ernie_lab.interventions.calling import called
 from ernie_lab.interventions.here import EditError, Here
 from ernie_lab.interventions.lookup import looked_up
 from ernie_lab.interventions.protocol import Edit
-from ernie_lab.interventions.saying import as_call
+from ernie_lab.interventions.saying import as_call, shown
 from ernie_lab.interventions.targets import Layers, as_layers, true_layer
 from ernie_lab.interventions.values import AT, Values, recorded_rows
 from ernie_lab.interventions.where import Tokens, narrowed_to
@@ -31,7 +33,16 @@ class Replay:
     values: Values
     missing: str = "error"
     same_tokens: bool = True
-    __repr__ = as_call
+
+    def __repr__(self) -> str:
+        """With what it holds of the trace, which the values tell."""
+        held = self.values.paths
+        layers = tuple(sorted({int(path.split(".")[1]) for path in held}))
+        banks = {path.split(".moe.")[1].partition(".")[0] for path in held} & set(BANKS)
+        said = [f"layers={shown(layers)}"]
+        said += [f"bank={bank!r}" for bank in banks if len(banks) == 1]
+        said += [] if any(path.endswith(_WEIGHTS) for path in held) else ["ids_only=True"]
+        return f"{as_call(self)[:-1]}, {', '.join(said)})"
 
     def select(self, sites: Sequence[Site]) -> tuple[Site, ...]:
         return select(list(self.values.paths), sites)
@@ -67,7 +78,7 @@ class Replay:
         here.kept["checked"] = known_N
 
 
-def replay(
+def _replay(
     trace: Trace,
     *,
     ids_only: bool = False,
@@ -91,7 +102,7 @@ def replay(
             of the same layout.
     """
     if not isinstance(trace, Trace):
-        raise EditError(f"replay takes a trace, not {type(trace).__name__}; pass run.trace")
+        raise EditError(_no_trace(trace))
     if missing not in ("error", "keep"):
         raise EditError(f'missing={missing!r} must be "error" or "keep"')
     endings = (_IDS,) if ids_only else (_IDS, _WEIGHTS)
@@ -105,7 +116,14 @@ def replay(
     return narrowed_to(Replay(values, missing, same_tokens), tokens)
 
 
-freeze = replay
+def _no_trace(given: object) -> str:
+    of_run = isinstance(getattr(given, "trace", None), Trace)
+    shown = f"a {type(given).__name__}: pass its .trace" if of_run else f"{given!r}: pass run.trace"
+    return f"routing.freeze (or routing.replay) takes a trace, not {shown}"
+
+
+replay = called("routing.replay")(_replay)
+freeze = called("routing.freeze")(_replay)
 
 
 def _wanted(trace: Trace, layers: tuple[int, ...] | None, bank: str | None) -> list[str]:

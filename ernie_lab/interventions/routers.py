@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar, Literal, Unpack
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
+from ernie_lab.interventions.calling import called
 from ernie_lab.interventions.here import EditError, Here
 from ernie_lab.interventions.parts import part_at, router_with
 from ernie_lab.interventions.protocol import Edit
 from ernie_lab.interventions.redraw import fitted_bias, states_of
-from ernie_lab.interventions.saying import as_call
+from ernie_lab.interventions.saying import AS, as_call
 from ernie_lab.interventions.targets import Layers, as_layers, in_bank, sibling, siblings
 from ernie_lab.interventions.values import Values
 from ernie_lab.interventions.where import Tokens, narrowed_to
@@ -102,7 +103,7 @@ class RandomRouter:
     layers: tuple[int, ...] | None = None
     bank: str | None = None
     keep_bias: bool = False
-    states: Values | None = None
+    states: Values | None = field(default=None, metadata={AS: "trace"})
     __repr__ = as_call
 
     def select(self, sites: Sequence[Site]) -> tuple[Site, ...]:
@@ -200,6 +201,7 @@ def _beside(site: Site, here: Here) -> Tensor:
     return linear(x_ND.float(), router.weight_ED.float())
 
 
+@called("routing.top_k")
 def top_k(k: int, layers: Layers = None, *, bank: str | None = None) -> Edit:
     """Each token gets `k` experts; their weights are renormalised as ever.
 
@@ -211,6 +213,7 @@ def top_k(k: int, layers: Layers = None, *, bank: str | None = None) -> Edit:
     return TopK(k, as_layers(layers), bank)
 
 
+@called("routing.without_correction_bias")
 def without_correction_bias(
     layers: Layers = None, *, bank: str | None = None, **tokens: Unpack[Tokens]
 ) -> Edit:
@@ -218,6 +221,7 @@ def without_correction_bias(
     return narrowed_to(WithoutCorrectionBias(as_layers(layers), bank), tokens)
 
 
+@called("routing.random")
 def random(
     seed: int = 0,
     layers: Layers = None,
@@ -244,6 +248,7 @@ def random(
     return narrowed_to(edit, tokens)
 
 
+@called("routing.share_router")
 def share_router(
     source: Literal["text", "vision"] = "text", layers: Layers = None, **tokens: Unpack[Tokens]
 ) -> Edit:

@@ -13,6 +13,7 @@ from typing import ClassVar, Literal, Unpack
 import torch
 from torch import Tensor
 
+from ernie_lab.interventions.calling import called
 from ernie_lab.interventions.draws import key_sites, token_keys, uniforms
 from ernie_lab.interventions.here import EditError, Here
 from ernie_lab.interventions.protocol import Edit
@@ -29,13 +30,14 @@ from ernie_lab.interventions.targets import (
     as_layers,
     in_bank,
     in_layers,
+    number,
     sibling,
     siblings,
 )
 from ernie_lab.interventions.where import Tokens, narrowed_to
 from ernie_lab.model.router import Router, renormalise
 from ernie_lab.sites import Site, SiteError, select
-from ernie_lab.trace.integers import integers
+from ernie_lab.trace.integers import integer, integers
 
 __all__ = [
     "cross_bank",
@@ -259,6 +261,7 @@ class CrossBank:
         return torch.where(x == source, 1 - source, x)
 
 
+@called("routing.forbid")
 def forbid(
     layer: Layers,
     experts: int | Iterable[int],
@@ -274,6 +277,7 @@ def forbid(
     return narrowed_to(Forbid(as_layers(layer, "layer"), as_experts(experts), bank), tokens)
 
 
+@called("routing.force")
 def force(
     layer: Layers,
     expert: int | Iterable[int],
@@ -295,12 +299,13 @@ def force(
         if weight not in ("own", "displaced"):
             raise EditError(f'weight={weight!r} must be "own", "displaced" or a number')
     else:
-        weight = float(weight)
+        weight = number(weight, "weight")
         if not 0 <= weight * len(experts) <= 1:
             raise EditError(f"weight={weight} for {len(experts)} experts must sum to 0..1")
     return narrowed_to(Force(as_layers(layer, "layer"), experts, weight, bank), tokens)
 
 
+@called("routing.steer")
 def steer(
     layer: Layers,
     experts: int | Iterable[int],
@@ -314,26 +319,30 @@ def steer(
     count, on `"selection"` (a correction bias) who is chosen alone."""
     if on not in ("logits", "selection"):
         raise EditError(f'on={on!r} must be "logits" or "selection"')
-    edit = Steer(as_layers(layer, "layer"), as_experts(experts), float(by), on, bank)
+    edit = Steer(as_layers(layer, "layer"), as_experts(experts), number(by, "by"), on, bank)
     return narrowed_to(edit, tokens)
 
 
+@called("routing.temperature")
 def temperature(
     t: float, layers: Layers = None, *, bank: str | None = None, **tokens: Unpack[Tokens]
 ) -> Edit:
     """Router logits divided by `t`: below 1 sharper, above 1 flatter."""
+    t = number(t, "t")
     if not t > 0:
         raise EditError(f"temperature={t} must be above 0")
-    return narrowed_to(Temperature(float(t), as_layers(layers), bank), tokens)
+    return narrowed_to(Temperature(t, as_layers(layers), bank), tokens)
 
 
+@called("routing.uniform")
 def uniform(
     seed: int = 0, layers: Layers = None, *, bank: str | None = None, **tokens: Unpack[Tokens]
 ) -> Edit:
     """Each token gets k experts uniformly at random, weighed as if the router had chosen them."""
-    return narrowed_to(Uniform(seed, as_layers(layers), bank), tokens)
+    return narrowed_to(Uniform(integer(seed, "seed"), as_layers(layers), bank), tokens)
 
 
+@called("routing.cross_bank")
 def cross_bank(
     tokens: Literal["text", "vision"], layers: Layers = None, **which: Unpack[Tokens]
 ) -> Edit:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ernie_lab.interventions import general
+from ernie_lab.interventions.calling import called
 from ernie_lab.interventions.donors import Donor
 from ernie_lab.interventions.draws import key_sites, normals, token_keys
 from ernie_lab.interventions.here import EditError, Here
@@ -39,7 +40,7 @@ __all__ = [
     "zero",
 ]
 
-SITE = "moe.shared_out"
+SITE = general.SHARED_OUT
 _BESIDE = MLPSites.under("donor", "donor", "a donor")
 
 
@@ -48,21 +49,25 @@ def __dir__() -> list[str]:
     return __all__
 
 
+@called("shared.zero")
 def zero(layers: Layers = None, **tokens: Unpack[Tokens]) -> Edit:
     """The shared experts contribute nothing."""
     return general.zero(SITE, layers=layers, **tokens)
 
 
+@called("shared.scale")
 def scale(by: float, layers: Layers = None, **tokens: Unpack[Tokens]) -> Edit:
     """`by` times the shared experts' output."""
     return general.scale(SITE, by, layers=layers, **tokens)
 
 
+@called("shared.mean")
 def mean(trace: Trace, layers: Layers = None, **tokens: Unpack[Tokens]) -> Edit:
     """Their mean output over the tokens of `trace` (keep="moe.shared_out")."""
     return general.mean(SITE, trace, layers=layers, **tokens)
 
 
+@called("shared.resample")
 def resample(trace: Trace, seed: int = 0, layers: Layers = None, **tokens: Unpack[Tokens]) -> Edit:
     """Their output at a random token of `trace`, made from other prompts."""
     return general.resample(SITE, trace, seed=seed, layers=layers, **tokens)
@@ -186,6 +191,7 @@ class RandomDirection:
         return turned.to(x.dtype)
 
 
+@called("shared.swap")
 def swap(i: int, j: int, *, norm_matched: bool = False, **tokens: Unpack[Tokens]) -> Edit:
     """The shared experts of layers `i` and `j` change places; no weight is copied, but between
     layers on different devices.
@@ -198,6 +204,7 @@ def swap(i: int, j: int, *, norm_matched: bool = False, **tokens: Unpack[Tokens]
     return narrowed_to(SharedSwap(i, j, norm_matched), tokens)
 
 
+@called("shared.transplant")
 def transplant(
     lab: Any, layers: Layers = None, *, norm_matched: bool = False, **tokens: Unpack[Tokens]
 ) -> Edit:
@@ -209,6 +216,7 @@ def transplant(
     return narrowed_to(SharedTransplant(Donor.of(lab), as_layers(layers), norm_matched), tokens)
 
 
+@called("shared.permute_neurons")
 def permute_neurons(seed: int = 0, layers: Layers = None, **tokens: Unpack[Tokens]) -> Edit:
     """A control that does nothing: gate, up and down in another order of neurons.
 
@@ -217,6 +225,7 @@ def permute_neurons(seed: int = 0, layers: Layers = None, **tokens: Unpack[Token
     return narrowed_to(PermuteNeurons(integer(seed, "seed"), as_layers(layers)), tokens)
 
 
+@called("shared.random_direction")
 def random_direction(
     seed: int = 0,
     layers: Layers = None,

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import TypeAlias
+from numbers import Real
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -15,6 +16,16 @@ from ernie_lab.sites import Site, SiteError, select
 from ernie_lab.trace.integers import integers
 
 Layers: TypeAlias = "int | Iterable[int] | None"
+
+
+def number(given: object, name: str) -> float:
+    """One number of Python, numpy or torch; True is a flag and no number."""
+    plain: Any = given
+    if getattr(plain, "ndim", None) == 0:
+        plain = plain.item()
+    if isinstance(plain, bool) or not isinstance(plain, Real):
+        raise TypeError(f"{name}={given!r}: expected a number")
+    return float(plain)
 
 
 def as_layers(layers: Layers, name: str = "layers") -> tuple[int, ...] | None:
@@ -92,12 +103,6 @@ class Target:
             as_layers(layers),
             as_layers(heads, "heads"),
         )
-
-    def __repr__(self) -> str:
-        said = [repr(one) for one in self.what]
-        given = {"layers": self.layers, "heads": self.heads}
-        said += [f"{name}={list(n)}" for name, n in given.items() if n is not None]
-        return ", ".join(said)
 
     def select(self, sites: Sequence[Site]) -> tuple[Site, ...]:
         found = select(self.what, sites)

@@ -9,8 +9,10 @@ from typing import ClassVar, TypedDict
 import torch
 from torch import Tensor
 
+from ernie_lab.interventions.calling import called
 from ernie_lab.interventions.here import EditError, Here, Past
 from ernie_lab.interventions.protocol import Edit, Exchange, Reads
+from ernie_lab.interventions.saying import shown
 from ernie_lab.sites import Phase, Site
 from ernie_lab.trace.integers import integers
 from ernie_lab.trace.positions import Positions, PositionsLike, as_positions
@@ -101,7 +103,7 @@ class Where:
         return torch.stack(meant)
 
     def __repr__(self) -> str:
-        return f"tokens({self.said})"
+        return f"edits.tokens({self.said})"
 
     @property
     def said(self) -> str:
@@ -113,12 +115,19 @@ class Where:
             "where": self.content,
             "sequence": self.sequences,
         }
-        parts = []
-        for name, value in given.items():
-            plain = value[0] if isinstance(value, tuple) and len(value) == 1 else value
-            shown = str(plain) if isinstance(plain, Positions) else repr(plain)
-            parts += [] if value is None else [f"{name}={shown}"]
-        return ", ".join(parts)
+        return ", ".join(
+            f"{name}={_typed(value) if isinstance(value, Positions) else shown(value)}"
+            for name, value in given.items()
+            if value is not None
+        )
+
+
+def _typed(positions: Positions) -> str:
+    """As `positions=` takes them."""
+    if positions.span is None:
+        return shown(positions.indices)
+    start, stop, step = positions.span
+    return f"slice({start}, {stop})" if step == 1 else f"slice({start}, {stop}, {step})"
 
 
 def _of_content(past: Past, content: Sequence[str]) -> Tensor:
@@ -202,6 +211,7 @@ class AtPart:
         return other if chosen is None else torch.where(chosen, other, x)
 
 
+@called("at")
 def at(
     edit: Edit,
     *,
@@ -279,4 +289,8 @@ def _require_tokens(sites: Sequence[Site], wheres: Sequence[Where]) -> None:
 
 
 def _said(edit: object, wheres: Sequence[Where]) -> str:
-    return f"at({edit!r}, {', '.join(where.said for where in wheres)})"
+    """Within each other: `at` takes a criterion once."""
+    said = repr(edit)
+    for where in wheres:
+        said = f"at({said}, {where.said})"
+    return said

@@ -48,7 +48,7 @@ def test_swap_twice_is_the_identity() -> None:
     assert torch.equal(run.logits, LAB.run("hello").logits)
     first, second = run.edits
     assert first.after == ()
-    assert second.after == ("shared.swap(i=1, j=2) (2 sites in common)",)
+    assert second.after == ("shared.swap(1, 2) (2 sites in common)",)
 
 
 def test_norm_ratio_is_reported() -> None:

@@ -270,7 +270,7 @@ def test_collisions_are_told() -> None:
     run = LAB.run("hello", edits=[shared.scale(2.0), shared.zero(1), routing.temperature(2.0)])
     assert [count.after for count in run.edits] == [
         (),
-        ("scale('moe.shared_out', by=2.0) (1 site in common)",),
+        ("shared.scale(2.0) (1 site in common)",),
         (),
     ]
     assert [count.n_fired for count in run.edits] == [2, 1, 2]
