@@ -1,10 +1,11 @@
-"""What a model is, in a few lines of words: for a `Lab`'s own picture and for `ernie-lab info`."""
+"""What a model is: in a few lines of words, for a `Lab`'s own picture and `ernie-lab info`; the
+table of its sites."""
 
 from __future__ import annotations
 
 import html
-from collections.abc import Mapping
-from typing import get_args
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, get_args
 
 import torch
 
@@ -15,6 +16,11 @@ from ernie_lab.display import in_words
 from ernie_lab.model.placed import placement_of
 from ernie_lab.model.stack import block_list
 from ernie_lab.session import Opened
+from ernie_lab.sites import Site
+from ernie_lab.trace.keep import Keep, Names
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 
 def lab_facts(lab: Opened) -> dict[str, str]:
@@ -68,6 +74,16 @@ def config_facts(config: TextConfig | VLConfig) -> dict[str, str]:
     if isinstance(config, VLConfig):
         facts["vision"] = _tower(config)
     return facts
+
+
+def site_table(sites: Sequence[Site], keep: Names | None = None) -> pd.DataFrame:
+    """One row for each site, or for each that `keep=` would take."""
+    import pandas as pd
+
+    columns = ["path", "dims", "dtype", "on_demand", "meaning"]
+    found = sites if keep is None else [rule.site for rule in Keep.of(keep, sites).kept]
+    rows = [[getattr(site, column) for column in columns] for site in found]
+    return pd.DataFrame(rows, columns=pd.Index(columns)).set_index("path")
 
 
 def as_lines(facts: Mapping[str, str], width: int = 12) -> str:

@@ -13,7 +13,7 @@ from torch import Tensor
 from ernie_lab.arguments import as_edits, as_processors, as_settings
 from ernie_lab.checkpoint import LoadReport, TextConfig
 from ernie_lab.checkpoint.config import ModelConfig
-from ernie_lab.describe import as_lines, as_table, lab_facts
+from ernie_lab.describe import as_lines, as_table, lab_facts, site_table
 from ernie_lab.inference.defaults import GenerationDefaults
 from ernie_lab.inference.forward import Forward, LogitsWanted, aligned_labels, forward
 from ernie_lab.inference.generate import LogitsProcessor
@@ -92,13 +92,10 @@ class Lab:
     def dtype(self) -> torch.dtype:
         return self.model.embed_VD.dtype
 
-    def sites(self) -> pd.DataFrame:
-        """Every site: path, dims (letters of `ernie_lab.dims`), dtype, on demand, meaning."""
-        import pandas as pd
-
-        columns = ["path", "dims", "dtype", "on_demand", "meaning"]
-        rows = [[getattr(site, c) for c in columns] for site in all_sites(self.model)]
-        return pd.DataFrame(rows, columns=pd.Index(columns)).set_index("path")
+    def sites(self, keep: Names | None = None) -> pd.DataFrame:
+        """Every site, or those that `keep=` would take (`"attn.*"`, `"routing"`): path, dims
+        (letters of `ernie_lab.dims`), dtype, on demand, meaning."""
+        return site_table(all_sites(self.model), keep)
 
     def prepare(
         self,

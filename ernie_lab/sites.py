@@ -152,7 +152,7 @@ class CandidTap(Tap, Protocol):
         ...
 
     def accept(self, values: Mapping[str, Tensor], /) -> None:
-        """At once what it reads of some sites, by path, instead of a call at each.
+        """At once what it reads of some sites, by path in forward order, instead of a call at each.
 
         The tensors are its own: nothing else changes them from now on.
         """
@@ -190,7 +190,7 @@ def may_change(tap: Tap, paths: frozenset[str]) -> bool:
     """Could what flows through these sites be replaced? Of a tap that does not say: yes."""
     # Not `isinstance`, which looks through a protocol's members anew in each layer.
     changes = getattr(tap, "changes", None)
-    return changes is None or bool(changes(paths))
+    return changes is None or not hasattr(tap, "accept") or bool(changes(paths))
 
 
 class SiteError(KeyError):
@@ -304,9 +304,9 @@ def resolve(name: str, sites: Sequence[Site]) -> Site:
 def select(patterns: str | Site | Iterable[str | Site], sites: Sequence[Site]) -> tuple[Site, ...]:
     """The sites that match any of the patterns, in forward order.
 
-    A pattern is a Site, a path, a glob over paths (`blocks.*.moe.*`), a name without its
-    layer (`moe.router_logits`: every layer's), or TransformerLens' spelling of these. `*` also
-    matches dots. A pattern that matches nothing raises `SiteError`: selecting nothing is a
+    A pattern is a Site, a path, a glob over paths (`blocks.*.moe.*`), a name or glob without its
+    layer (`moe.router_logits`, `attn.*`: every layer's), or TransformerLens' spelling of these.
+    `*` also matches dots. A pattern that matches nothing raises `SiteError`: selecting nothing is a
     mistake, never a wish.
     """
     if isinstance(patterns, str | Site):
@@ -365,4 +365,4 @@ def _in_banks(name: str, sites: Sequence[Site]) -> list[str]:
 
 
 def _means(spelling: str, site: Site) -> bool:
-    return fnmatch.fnmatchcase(site.path, spelling) or site.quantity == spelling
+    return any(fnmatch.fnmatchcase(name, spelling) for name in (site.path, site.quantity))

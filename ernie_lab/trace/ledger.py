@@ -21,6 +21,9 @@ if TYPE_CHECKING:
     import xarray as xr
 
 
+_ARRAYS = ("router_logits", "router_probs", "selection_scores", "expert_ids", "expert_weights")
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Stack:
     """One quantity of several layers: `values` is `[l n …]`, `rows` are rows of the tokens."""
@@ -36,7 +39,7 @@ class Stack:
         return Stack(self.layers, self.rows, values)
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(frozen=True, slots=True, eq=False, repr=False)
 class RoutingLedger:
     """Who was chosen, how much each counts, and why; axes (layer, token, expert or slot).
 
@@ -55,6 +58,23 @@ class RoutingLedger:
     routers: routing.Routers
     bank: str | None = None
     edited: frozenset[str] = frozenset()
+    model: str = ""
+
+    def __repr__(self) -> str:
+        mine = [kept for kept in self.values.values() if f".{self.prefix}." in kept.site.path]
+        sizes = sorted({kept.n_rows for kept in mine}) or [0]  # more than one under an edited bank
+        n_tokens = f"{sizes[0]}" if len(sizes) == 1 else f"{sizes[0]} to {sizes[-1]}"
+        layers = [kept.site.layer for kept in mine if kept.site.layer is not None]
+        names = [name for name in _ARRAYS if self._sites(name)]
+        whose = [self.model, f"{self.bank} bank" if self.bank else ""]
+        lines = [
+            f"Routing of {', '.join(filter(None, whose)) or 'one bank'}: {n_tokens} tokens x "
+            f"{self.routers.n_chosen} of {self.n_experts} experts, layers {ranges(layers)}",
+            f"kept: {', '.join(names) or 'nothing'}",
+            "derived where logits were kept: router_probs, selection_scores, margin, without_bias",
+            "correction_bias is of the checkpoint; to_frame() has a row for each token and choice",
+        ]
+        return "\n  ".join(lines)
 
     @property
     def prefix(self) -> str:

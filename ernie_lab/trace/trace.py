@@ -150,7 +150,10 @@ class Trace:
                 "this model has two banks of experts, and expert 5 of the one is not expert 5 of "
                 f"the other; take {ways}"
             )
-        return RoutingLedger(self.values, self.context, routers, bank, frozenset(self.edited))
+        model = self.provenance.model
+        return RoutingLedger(
+            self.values, self.context, routers, bank, frozenset(self.edited), model
+        )
 
     def _router(self, bank: str | None = None) -> Routers:
         if not self.routers:

@@ -302,4 +302,20 @@ def test_reprs(lab: Lab) -> None:
     assert "8 of width 16; 2 chosen, 2 shared; in layers 1, 2" in repr(lab)
     assert "<table>" in lab._repr_html_()
     assert repr(lab.run("hello", keep="routing")).startswith("Run(1 sequences, 5 tokens, loss=")
-    assert list(lab.sites().columns) == ["dims", "dtype", "on_demand", "meaning"]
+    assert repr(lab.run("hello", keep="routing").trace.routing()).splitlines()[:2] == [
+        f"Routing of {lab.model_id}: 5 tokens x 2 of 8 experts, layers 1..2",
+        "  kept: router_logits, expert_ids, expert_weights",
+    ]
+
+
+def test_sites_are_listed_and_narrowed_as_keep_does(lab: Lab) -> None:
+    every = lab.sites()
+    assert list(every.columns) == ["dims", "dtype", "on_demand", "meaning"]
+    in_attention = [path for path in every.index if path.split(".")[2:3] == ["attn"]]
+    assert lab.sites("attn.*").index.tolist() == in_attention
+    assert lab.sites(["routing", "logits"]).index.tolist() == [
+        *lab.run("hello", keep="routing").trace.sites, "logits"
+    ]  # fmt: skip
+    assert len(lab.sites(el.keep("attn.*", layers=2))) == len(in_attention) // 3
+    with pytest.raises(el.SiteError, match="no site matches 'atn'"):
+        lab.sites("atn")

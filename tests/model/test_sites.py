@@ -145,6 +145,7 @@ def test_select(model: TextModel) -> None:
         "blocks.2.moe.expert_ids",
     ]
     assert select("moe.expert_ids", sites) == select("blocks.*.moe.expert_ids", sites)
+    assert select("attn.*", sites) == select("blocks.*.attn.*", sites)
     assert select(sites[3], sites) == (sites[3],)
     assert len(select(["resid_post", "resid_pre"], sites)) == 6
 

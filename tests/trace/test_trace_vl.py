@@ -83,6 +83,14 @@ def test_rows_point_to_their_tokens(mixed):
     assert mixed["resampler.norm.scale"].dims == ("image_token",)
 
 
+def test_a_banks_routing_says_in_four_lines_what_it_is(mixed):
+    n_vision = int((mixed.tokens.bank == "vision").sum())
+    first, *others = repr(mixed.routing("vision")).splitlines()
+    assert f"vision bank: {n_vision} tokens x 2 of " in first and "layers 1..2" in first
+    assert len(others) == 3 and all(len(line) <= 120 for line in others)
+    assert "selection_scores, expert_ids" in others[0] and "slot_out" not in others[0]
+
+
 def test_tokens_table(mixed):
     tokens = mixed.tokens
     names = {52: "delimiter", 53: "delimiter", 54: "delimiter", 55: "delimiter"}
