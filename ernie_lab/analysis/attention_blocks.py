@@ -2,9 +2,10 @@
 
 With p = softmax(s) over the scores of a query, log p_t = s_t - log Z, so that
 
-    -sum_t p_t log p_t = log Z - sum_t p_t s_t,    log Z = max(s) - log max(p),
+    -sum_t p_t log p_t = log Z - sum_t p_t s_t = sum_t p_t (max s - s_t) - log max p,
 
-which takes no logarithm of each weight, and no map of queries x keys ever exists.
+which takes no logarithm of each weight and no difference of large scores, and no map of queries x
+keys ever exists.
 
 Letters: S queries, T keys, H query heads in G groups of M, A per-head width, C columns; X = M S.
 """
@@ -21,8 +22,9 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn.functional import linear, pad
 
-# The score of a later key: 0 after the softmax and, other than -inf, 0 times it.
-_LATER = torch.finfo(torch.float32).min
+# The score of a later key: 0 after the softmax. Other than with -inf, 0 times it is 0, and so is
+# 0 times its distance from a score.
+_LATER = torch.finfo(torch.float32).min / 2
 # Keys of a block are a multiple of it: rows of whole chunks can be looked at chunk by chunk.
 _CHUNK = 64
 
@@ -56,11 +58,11 @@ class Block:
         own_HS1 = repeat(self.pos_S, "s -> h s 1", h=len(weights_HST))
         means_HSC = self.by_head(linear(self.weights_GXT, summed_CT[:, : weights_HST.shape[-1]]))
         largest_GX1 = self.weights_GXT.amax(-1, keepdim=True)
-        log_z_GX1 = self.scores_GXT.amax(-1, keepdim=True) - largest_GX1.log()
-        mean_score_GX1 = self.scores_GXT.mul_(self.weights_GXT).sum(-1, keepdim=True)
+        below_GXT = self.scores_GXT.sub_(self.scores_GXT.amax(-1, keepdim=True))
+        mean_below_GX1 = below_GXT.mul_(self.weights_GXT).sum(-1, keepdim=True)
         reduced = {
             # Differences of like numbers: a certain head would come out at -1e-7.
-            "entropy": self.by_head(log_z_GX1 - mean_score_GX1)[..., 0].clamp(min=0),
+            "entropy": self.by_head(-largest_GX1.log() - mean_below_GX1)[..., 0].clamp(min=0),
             "distance": (self.pos_S - means_HSC[..., 0]).clamp(min=0),
             "largest": self.by_head(largest_GX1)[..., 0],
             "first": weights_HST[..., 0].clone(),

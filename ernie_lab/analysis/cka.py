@@ -46,8 +46,8 @@ _FOLDS = 20
 class LayerCKA:
     """Debiased CKA of the same tokens in every two layers.
 
-    `value`, `low` and `high` are (layer, other) with true layer numbers. `null_p95` is the 95th
-    percentile over draws in which the rows of the one layer are shuffled, the largest of all pairs.
+    `value`, `low` and `high` are (layer, other) with true layer numbers. `null_p95` is what 5 % of
+    draws with the rows of the one layer shuffled exceed (by rank), the largest of all pairs.
     `n_rows` tokens of `n_documents` documents were compared.
     """
 

@@ -19,7 +19,8 @@ from ernie_lab.inputs.visual_layout import BANKS
 from ernie_lab.interventions.functions import Hook, edit
 from ernie_lab.interventions.here import EditError, Here, Past
 from ernie_lab.interventions.parts import differ, part_at, with_parts
-from ernie_lab.interventions.protocol import Edit, Exchange, Narrowed, Reads
+from ernie_lab.interventions.protocol import Edit, Exchange, Explains, Narrowed, Reads
+from ernie_lab.interventions.saying import times
 from ernie_lab.model.kinds import Model
 from ernie_lab.model.quantised import named_weights
 from ernie_lab.sites import BindableTap, CandidTap, Idle, Site, Step, Tap, idle, may_change
@@ -149,7 +150,8 @@ class EditTap:
         return paths  # all that flows is looked at: which values are noted, and what follows
 
     def accept(self, values: Mapping[str, Tensor], /) -> None:
-        self._values.update({path: x for path, x in values.items() if path in self.noted})
+        # Copies: an edit may write into what it reads, and `then` keeps these.
+        self._values.update({path: x.clone() for path, x in values.items() if path in self.noted})
         cast("CandidTap", self.then).accept(values)  # or it would have been called
 
     def __call__(self, site: Site, x: Tensor, /) -> Tensor:
@@ -214,8 +216,11 @@ class EditTap:
         """Say so when an edit never changed anything."""
         for count in self.counts:
             if count.n_changed == 0:
+                explains = isinstance(count.edit, Explains) and count.n_fired
+                why = count.edit.why_idle("no token") if explains else ""
                 warnings.warn(
-                    f"{count.edit!r} was applied {count.n_fired} times and changed nothing",
+                    f"{count.edit!r} was applied {times(count.n_fired)} and changed nothing"
+                    + (f": {why}" if why else ""),
                     EditChangedNothingWarning,
                     stacklevel=3,
                 )

@@ -78,7 +78,7 @@ class Block(nn.Module):
             resid_post=Site(f"{path}.resid_post", "b s d", "residual stream, after the MLP"),
         )
         self.paths = frozenset(site.path for site in flatten(self.sites))
-        self.start = len(path) + 1  # of a path without the layer
+        self.prefix = f"{path}."
 
     def forward(
         self,

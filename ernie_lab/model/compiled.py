@@ -39,15 +39,15 @@ MOST_SEQUENCES = FEW_TOKENS
 
 
 # What goes in, or on to another layer, the heads or the cache: a tap gets copies of these. All else
-# that leaves a compiled piece is read by nobody but the tap, and by the losses.
+# that leaves a compiled piece goes to the tap, and to losses, which only read.
 GO_ON = frozenset(("resid_pre", "attn.v", "attn.q_rot", "attn.k_rot", "moe.bank", "resid_post"))
 
 
 class Collect:
     """The tap inside a compiled function. By path without its layer: what flowed there."""
 
-    def __init__(self, start: int) -> None:
-        self.start = start
+    def __init__(self, prefix: str) -> None:
+        self.start = len(prefix)
         self.values: Values = {}
 
     def wants(self, site: Site, /) -> bool:
@@ -69,7 +69,7 @@ class Before(nn.Module):
     def forward(
         self, resid_BSD: Tensor, rotation: Rotation
     ) -> tuple[tuple[Tensor, Tensor, Tensor], Values]:
-        block, tap = self.block, Collect(self.block.start)
+        block, tap = self.block, Collect(self.block.prefix)
         resid_BSD = tap(block.sites.resid_pre, resid_BSD)
         normed_BSD = block.norm1(resid_BSD, block.sites.norm1, tap)
         return block.attn.read(normed_BSD, rotation, tap), tap.values
@@ -85,7 +85,7 @@ class After(nn.Module):
     def forward(
         self, resid_BSD: Tensor, z_BSHA: Tensor, banks: BankRows | None
     ) -> tuple[tuple[Tensor, Mapping[str, Routing]], Values]:
-        block, tap = self.block, Collect(self.block.start)
+        block, tap = self.block, Collect(self.block.prefix)
         attn_out_BSD = block.attn.write(z_BSHA, tap)
         return block.after(resid_BSD, attn_out_BSD, banks, tap), tap.values
 
@@ -165,11 +165,12 @@ class CompiledDecode:
 
 def hand_over(values: Values, block: Block, wanted: frozenset[str], tap: Tap) -> None:
     """To the tap what it reads there; it has said that it changes nothing."""
+    if not wanted:
+        return
     found: Values = {}
-    for path in wanted:
-        name = path[block.start :]
-        if name in values:
-            found[path] = values[name].clone() if name in GO_ON else values[name]
+    for name, x in values.items():
+        if (path := block.prefix + name) in wanted:
+            found[path] = x.clone() if name in GO_ON else x
     if found:
         cast("CandidTap", tap).accept(found)
 

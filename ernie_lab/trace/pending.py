@@ -8,7 +8,7 @@ over n tokens, and are sorted out as such.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -16,7 +16,7 @@ from torch import Tensor
 from ernie_lab.sites import Step
 from ernie_lab.trace.rows import Subset
 
-# Put aside at most. More gain nothing: at 64, sorting out is a hundredth of what passing costs.
+# Put aside at most. More gain nothing: at 64, sorting out is a tenth of what passing costs.
 MOST_STEPS = 64
 MOST_BYTES = 2**26
 
@@ -47,9 +47,8 @@ class Pending:
 
     def __init__(self) -> None:
         self.steps: list[Step] = []
-        self.masks: list[Tensor] = []
         self.values: list[dict[str, Tensor]] = []
-        self._most = MOST_STEPS
+        self._n_bytes = 0
 
     def __len__(self) -> int:
         return len(self.steps)
@@ -58,16 +57,26 @@ class Pending:
         """Is there room, and is it like the ones put aside?"""
         if not self.steps:
             return True
-        if len(self) == 1:  # the others are as large
-            n_bytes = sum(x.nbytes for x in self.values[0].values())
-            self._most = min(MOST_STEPS, MOST_BYTES // max(1, n_bytes))
-        return len(self) < self._most and _kind(step) == _kind(self.steps[0])
+        # Now that the last one has ended. The next is taken to be as large.
+        last = sum(x.nbytes for x in self.values[-1].values())
+        self._n_bytes += last
+        full = len(self) >= MOST_STEPS or self._n_bytes + last > MOST_BYTES
+        return not full and _kind(step) == _kind(self.steps[0])
 
     def begin(self, step: Step) -> Aside:
         """Put a step aside, and what will flow in it."""
+        modality, bank = step.modality, step.bank
+        self.steps.append(
+            Step(
+                step.phase,
+                step.index,
+                step.positions,
+                step.mask.clone(),
+                None if modality is None else modality.clone(),
+                None if bank is None else bank.clone(),
+            )
+        )
         aside = Aside()
-        self.steps.append(step)
-        self.masks.append(step.mask.clone())
         self.values.append(aside.values)
         return aside
 
@@ -80,7 +89,7 @@ class Pending:
             first.phase,
             first.index,
             torch.cat([step.positions for step in steps], dim=1),
-            torch.cat(self.masks, dim=1),
+            torch.cat([step.mask for step in steps], dim=1),
             torch.cat(modality, dim=1) if modality else None,
             torch.cat(bank, dim=1) if bank else None,
         )
@@ -93,17 +102,33 @@ class Pending:
         """
         pieces = [values[path] for values in self.values]
         if member is None:
+            shape = self.steps[0].mask.shape
+            self._require(path, pieces, [shape for _ in pieces])
             return torch.cat(pieces, dim=1)
+        member_SB = member.member_N.view(-1, len(self)).T
+        self._require(path, pieces, [(n,) for n in member_SB.sum(1).tolist()])
+        place_SB = (member_SB.flatten().cumsum(0) - 1).view_as(member_SB)
         x_N = torch.cat(pieces)
-        if len(x_N) != len(member):
-            return x_N  # where shapes are checked, a wrong number of rows is told of
-        member_BS = member.member_N.view(-1, len(self))
-        place_SB = (member_BS.T.flatten().cumsum(0) - 1).view(len(self), -1)
-        return x_N[place_SB.T[member_BS].to(x_N.device)]
+        return x_N[place_SB.T[member_SB.T].to(x_N.device)]
+
+    def _require(
+        self, path: str, pieces: Sequence[Tensor], begins: Sequence[tuple[int, ...]]
+    ) -> None:
+        """Raise where a piece has not the rows of its step: too many in one would hide too few in
+        another. `begins` is how each shape has to begin."""
+        first = pieces[0]
+        for step, x, begin in zip(self.steps, pieces, begins, strict=True):
+            n = len(begin)
+            if x.shape[:n] != begin or x.shape[n:] != first.shape[n:] or x.dtype != first.dtype:
+                raise ValueError(
+                    f"{path} has shape {list(x.shape)} and {x.dtype} in forward {step.index}; "
+                    f"expected {[*begin, *first.shape[n:]]} and {first.dtype}, by its mask, by the "
+                    f"bank of each token, and as in forward {self.steps[0].index}"
+                )
 
 
 def _kind(step: Step) -> tuple[object, ...]:
-    return step.phase, step.modality is None, step.bank is None
+    return step.phase, step.positions.shape, step.modality is None, step.bank is None
 
 
 def fired_twice(path: str) -> RuntimeError:

@@ -30,9 +30,10 @@ class Recorder:
     """Stores what flows through the kept sites, without padding rows, and changes nothing.
 
     `bind(step)` before every forward, prefill first; `trace(...)` once, at the end, hands the
-    values over. Rows are copied as they pass, so no tensor of the model is held and none can
-    change afterwards. With `grad=True` the tensors themselves are held too, with their graph,
-    so that `Trace.gradient` can differentiate with respect to them.
+    values over. What passes is copied, or was handed over as a copy, so nothing that is held can
+    change afterwards. Rows of decode steps are sorted out later, many steps at a time. With
+    `grad=True` the tensors themselves are held too, with their graph, so that `Trace.gradient`
+    can differentiate with respect to them.
     """
 
     def __init__(self, keep: Keep, *, grad: bool = False) -> None:
@@ -67,7 +68,7 @@ class Recorder:
         can_wait = self._can_wait(step)
         if not can_wait or not self._pending.takes(step):
             self.settle()
-        into = self._pending.begin(step) if can_wait else self._sorter(step)
+        into = self._pending.begin(step) if can_wait else self._begin(step)
         self._n_bound += 1
         return _Bound(self, into)
 
@@ -80,21 +81,33 @@ class Recorder:
         wanted = len(self._columns_BT), 1
         return all(x is None or x.shape == wanted for x in given)
 
-    def _sorter(self, step: Step) -> _Sorter:
-        rows, self._columns_BT = step_rows(step, self._columns_BT, self._filters, self._ragged)
-        self._steps.append(rows)
-        self._pieces.append({})
-        self._flowed.append({})
-        return _Sorter(self, rows, self._pieces[-1], self._flowed[-1])
+    def _begin(self, step: Step) -> _Sorter:
+        sorter, self._columns_BT = self._sorter(step)
+        self._keep(sorter)
+        return sorter
+
+    def _sorter(self, step: Step) -> tuple[_Sorter, Tensor]:
+        """For this forward, and the columns of the cache after it."""
+        rows, columns_BT = step_rows(step, self._columns_BT, self._filters, self._ragged)
+        return _Sorter(self, rows), columns_BT
+
+    def _keep(self, sorter: _Sorter) -> None:
+        self._steps.append(sorter.rows)
+        self._pieces.append(sorter.pieces)
+        self._flowed.append(sorter.flowed)
 
     def settle(self) -> None:
         """Sort out the decode steps that were put aside; `bind` and `trace` do so by themselves."""
-        pending, self._pending = self._pending, Pending()
+        pending = self._pending
         if not pending:
             return
         for step, values in zip(pending.steps, pending.values, strict=True):
             self._require_fired(step.index, values, has_pictures=False)
-        self._sorter(pending.as_one()).put_all(pending)
+        sorter, columns_BT = self._sorter(pending.as_one())
+        sorter.put_all(pending)
+        # Not before all of it has come out well: what fails now fails again at the next call.
+        self._columns_BT, self._pending = columns_BT, Pending()
+        self._keep(sorter)
 
     def wants(self, site: Site, /) -> bool:
         return site.path in self.paths
@@ -252,16 +265,12 @@ class _Bound:
 class _Sorter:
     """Takes the rows of one forward's values as they come."""
 
-    __slots__ = ("_banks", "_flowed", "_pieces", "_recorder", "_rows")
+    __slots__ = ("_banks", "_recorder", "flowed", "pieces", "rows")
 
-    def __init__(
-        self,
-        recorder: Recorder,
-        rows: StepRows,
-        pieces: dict[str, Piece],
-        flowed: dict[str, Tensor],
-    ) -> None:
-        self._recorder, self._rows, self._pieces, self._flowed = recorder, rows, pieces, flowed
+    def __init__(self, recorder: Recorder, rows: StepRows) -> None:
+        self._recorder, self.rows = recorder, rows
+        self.pieces: dict[str, Piece] = {}
+        self.flowed: dict[str, Tensor] = {}
         self._banks: dict[str, tuple[Tensor, dict[str, Subset]]] = {}
 
     def put(self, path: str, x: Tensor) -> None:
@@ -269,14 +278,14 @@ class _Sorter:
             self._note_banks(path, x)
         if path not in self._recorder.paths:
             return
-        if path in self._pieces:
+        if path in self.pieces:
             raise fired_twice(path)
         rule = self._recorder.rules[path]
         if self._recorder.grad:
-            self._flowed[path] = x
+            self.flowed[path] = x
         else:
             x = x.detach()
-        self._pieces[path] = take(rule, self._rows, x, self.member(rule.site))
+        self.pieces[path] = take(rule, self.rows, x, self.member(rule.site))
 
     def put_own(self, values: Mapping[str, Tensor]) -> None:
         for path, x in values.items():
@@ -284,7 +293,8 @@ class _Sorter:
 
     def put_all(self, pending: Pending) -> None:
         for path in self._recorder.bank_paths:
-            self._note_banks(path, pending.value(path))
+            if all(path in values for values in pending.values):
+                self._note_banks(path, pending.value(path))
         for path, rule in self._recorder.rules.items():
             if path in pending.values[0]:
                 self.put(path, pending.value(path, self.member(rule.site)))
@@ -293,6 +303,10 @@ class _Sorter:
         """The rows of a bank, for its sites."""
         if site.bank is None or site.bank_path is None:
             return None
+        if site.bank_path not in self._banks:
+            raise RuntimeError(
+                f"{site.bank_path}, which tells whose rows {site.path} has, did not fire before it"
+            )
         _, members = self._banks[site.bank_path]
         return members[site.bank]
 

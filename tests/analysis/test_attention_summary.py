@@ -143,6 +143,21 @@ def test_long_rows_in_blocks(asked: slice, n_rows: int) -> None:
     torch.testing.assert_close(rows.double(), map_HST, rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize("offset", [0.0, 100.0, -1000.0])
+def test_entropy_does_not_mind_large_scores(offset: float) -> None:
+    """What all scores of a query have in common cancels, and may be a hundred times the rest."""
+    n_keys = 300
+    random = torch.Generator().manual_seed(0)
+    q_SHA, k_TGA = (torch.randn(n_keys, 1, 4, generator=random) for _ in range(2))
+    q_SHA[..., 0], k_TGA[..., 0] = 1, 2 * offset
+    (block,) = blocks(q_SHA, k_TGA, torch.arange(n_keys), 2**22)
+    later_ST = torch.arange(n_keys) > torch.arange(n_keys)[:, None]
+    scores_ST = block.scores_GXT[0, :, :n_keys].double().masked_fill(later_ST, -math.inf)
+    expected_S = torch.special.entr(scores_ST.softmax(-1)).sum(-1)
+    found_S = block.reduced(summands(torch.zeros(n_keys, 0)), 0, [])["entropy"][0]
+    torch.testing.assert_close(found_S.double(), expected_S, rtol=0, atol=1e-5)
+
+
 def test_rows_are_the_maps_rows(trace: el.Trace) -> None:
     rows = attention_rows(trace, -1, [2, 5, 9], sequence=1)
     pattern = trace.pattern(-1, 1)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jaxtyping
@@ -191,6 +191,53 @@ def test_prefills_gradients_and_unknown_taps_are_not_served(text: el.Lab) -> Non
         with torch.autocast("cpu", dtype=torch.bfloat16):
             assert not serves(block, one, cache, idle)
     assert not serves(block, one, cache, idle)
+
+
+class Scribbler:
+    """An edit that uses what it reads as scratch paper."""
+
+    def select(self, sites: Sequence[Site]) -> tuple[Site, ...]:
+        return tuple(site for site in sites if site.path == "blocks.4.resid_pre")
+
+    def reads(self, sites: Sequence[Site]) -> tuple[Site, ...]:
+        return tuple(site for site in sites if site.path == "blocks.2.moe.router_logits")
+
+    def apply(self, site: Site, x: Tensor, here: Any) -> Tensor:
+        here.value("blocks.2.moe.router_logits").mul_(100)
+        return x * 1.01
+
+
+def test_an_edit_that_writes_into_what_it_reads_leaves_the_recording_alone(
+    text: el.Lab, plain: el.Lab
+) -> None:
+    agree(*(generated(lab, keep="routing", edits=[Scribbler()]).trace for lab in (text, plain)))
+
+
+def test_banks_and_growing_maps_together() -> None:
+    lab, plain = el.load("tiny-vl", compile=True), el.load("tiny-vl")
+    keep = ["routing", "attn.pattern"]
+    agree(*(generated(one, keep=keep, max_new_tokens=4).trace for one in (lab, plain)))
+
+
+def test_a_tap_that_cannot_accept_goes_the_ordinary_way(text: el.Lab) -> None:
+    seen: list[str] = []
+
+    class Old:
+        def wants(self, site: Site, /) -> bool:
+            return False
+
+        def changes(self, paths: frozenset[str], /) -> bool:
+            return False
+
+        def __call__(self, site: Site, x: Tensor, /) -> Tensor:
+            seen.append(site.path)
+            return x
+
+    ids = torch.tensor([[5, 6, 7]])
+    with torch.no_grad():
+        out = text.model(ids, use_cache=True)
+        text.model(ids[:, :1], past_key_values=out.past_key_values, tap=Old())
+    assert "blocks.2.moe.router_logits" in seen
 
 
 def storage(x: Tensor) -> int:

@@ -13,7 +13,7 @@ from torch import Tensor
 from trace_driver import PREFILL, SITES, drive, one_step, provenance, routers, values
 
 from ernie_lab.sites import Site, Step
-from ernie_lab.trace import pending
+from ernie_lab.trace import pending, recorder
 from ernie_lab.trace.keep import Keep, keep
 from ernie_lab.trace.pending import Aside, Pending
 from ernie_lab.trace.recorder import Recorder
@@ -176,18 +176,62 @@ def test_what_is_wrong_is_told_of_when_it_is_sorted_out() -> None:
     ids = [[1] * 5, [1] * 7]
     taped = until(3)
     taped.bind(steps[3])(site_of("embed"), torch.zeros(2, 1, 4))
-    with pytest.raises(RuntimeError, match="1 kept sites did not fire in forward 3, first: logits"):
-        taped.trace(ids, sites=SITES, provenance=provenance())
+    for _ in range(2):  # and again: nothing is forgotten
+        with pytest.raises(
+            RuntimeError, match="1 kept sites did not fire in forward 3, first: log"
+        ):
+            taped.trace(ids, sites=SITES, provenance=provenance())
     taped = until(3)
     here = taped.bind(steps[3])
     here(site_of("embed"), torch.zeros(2, 1, 4))
     with pytest.raises(RuntimeError, match="embed fired twice"):
         here(site_of("embed"), torch.zeros(2, 1, 4))
     here(site_of("logits"), torch.zeros(2, 2, 6))
-    with pytest.raises(ValueError, match=r"logits has shape \[2, 4, 6\].*2 sequences of 3"):
+    told = r"logits has shape \[2, 2, 6\] and torch.float32 in forward 3; expected \[2, 1, 6\]"
+    with pytest.raises(ValueError, match=told):
         taped.trace(ids, sites=SITES, provenance=provenance())
     with pytest.raises(ValueError, match="forward 2 cannot follow 4"):
         until(4).bind(steps[2])
+
+
+@pytest.mark.parametrize("wrong", [torch.zeros(1, 0, 4), torch.zeros(1, 1, 4).double()])
+def test_what_would_cancel_or_be_converted_is_told_of(wrong: Tensor) -> None:
+    """Two rows in one step and none in the next are as many as two steps have."""
+    taped, site = Recorder(Keep.of("embed", SITES)), site_of("embed")
+    taped.bind(one_step((2,)))(site, torch.zeros(1, 2, 4))
+    two = torch.zeros(1, 2 if wrong.numel() == 0 else 1, 4)
+    for index, x in enumerate((two, wrong), start=1):
+        step = Step("decode", index, torch.zeros(1, 1), torch.ones(1, 1, dtype=torch.bool))
+        taped.bind(step)(site, x)
+    with pytest.raises(ValueError, match=r"embed has shape .* in forward"):
+        taped.trace([[1] * 4], sites=SITES, provenance=provenance())
+
+
+def test_an_interrupted_sorting_out_forgets_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    steps = decoding(torch.ones(2, 3))
+    taped = Recorder(Keep.of("all", SITES))
+    drive(taped, steps)
+    ids = [[1] * 5, [1] * 7]
+    with monkeypatch.context() as patch:
+        patch.setattr(recorder, "step_rows", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            taped.trace(ids, sites=SITES, provenance=provenance())
+    found = taped.trace(ids, sites=SITES, provenance=provenance(), routers=routers())
+    assert found.tensor("embed").shape == (12, 4)
+
+
+def interrupted(*given: Any) -> Any:
+    raise KeyboardInterrupt
+
+
+def test_room_is_counted_step_by_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A bank may have few rows in the first step, and many later."""
+    monkeypatch.setattr(pending, "MOST_BYTES", 1000)
+    aside = Pending()
+    for index, n_rows in enumerate((1, 100, 100)):
+        step = Step("decode", index, torch.zeros(1, 1), torch.ones(1, 1, dtype=torch.bool))
+        assert aside.takes(step) == (index < 2)
+        aside.begin(step).put("a", torch.zeros(n_rows, 2))
 
 
 @pytest.mark.parametrize(
