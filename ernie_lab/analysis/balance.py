@@ -65,6 +65,8 @@ def _shares(load_E: ArrayLike) -> Floats:
 def cv(load_E: ArrayLike) -> Floats:
     """Coefficient of variation std(f) / mean(f), population std; 0 is perfect balance.
 
+    The worst is sqrt(E - 1), one expert for everything; with K distinct experts a token
+    sqrt(E/K - 1).
     Source: the importance loss of Shazeer et al. 2017 (arXiv:1701.06538) is its square.
     """
     shares = _shares(load_E)
@@ -74,8 +76,9 @@ def cv(load_E: ArrayLike) -> Floats:
 def max_violation(load_E: ArrayLike) -> Floats:
     """MaxVio = max_e(f_e) E - 1: how far the busiest expert is above its fair share.
 
-    0 is balance, 1 means that some expert has twice its share, E - 1 is the worst. Over the whole
-    sample given here; the mean over batches is larger and is not this number.
+    0 is balance, 1 means that some expert has twice its share. The worst is E - 1, one expert for
+    everything; where each token picks K distinct experts it is E/K - 1, the same K for all. Over
+    the whole sample given here; the mean over batches is larger and is not this number.
     Source: Wang et al. 2024, auxiliary-loss-free load balancing (arXiv:2408.15664).
     """
     shares = _shares(load_E)
@@ -83,7 +86,10 @@ def max_violation(load_E: ArrayLike) -> Floats:
 
 
 def entropy(load_E: ArrayLike) -> Floats:
-    """-sum(f log f) / log E: 1 is balance, 0 one expert for everything; 0 log 0 counts as 0."""
+    """-sum(f log f) / log E: 1 is balance; 0 log 0 counts as 0.
+
+    The worst is 0, one expert for everything; with K distinct experts a token log K / log E.
+    """
     shares = _shares(load_E)
     if shares.shape[-1] == 1:
         return np.ones(shares.shape[:-1])
@@ -92,9 +98,10 @@ def entropy(load_E: ArrayLike) -> Floats:
 
 
 def gini(load_E: ArrayLike) -> Floats:
-    """sum_i (2i - E - 1) f_(i) / E with f sorted upwards, i from 1: 0 is balance, 1 - 1/E worst.
+    """sum_i (2i - E - 1) f_(i) / E with f sorted upwards, i from 1: 0 is balance.
 
-    The mean absolute difference between two experts, over twice the mean load.
+    The worst is 1 - 1/E, one expert for everything; with K distinct experts a token 1 - K/E. The
+    mean absolute difference between two experts, over twice the mean load.
     """
     ordered = np.sort(_shares(load_E), axis=-1)
     n = ordered.shape[-1]
@@ -102,7 +109,8 @@ def gini(load_E: ArrayLike) -> Floats:
 
 
 def least_loaded(load_E: ArrayLike) -> Floats:
-    """min_e(f_e) E: the share of the idlest expert in units of a fair share; 1 is balance."""
+    """min_e(f_e) E: the share of the idlest expert in units of a fair share; 1 is balance,
+    0 an expert without a slot."""
     shares = _shares(load_E)
     return np.asarray(shares.min(axis=-1) * shares.shape[-1])
 

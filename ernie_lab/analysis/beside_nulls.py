@@ -22,7 +22,7 @@ from ernie_lab.analysis.nulls import (
     redrawn,
 )
 from ernie_lab.interventions.bootstrap import centred_interval, draws_of
-from ernie_lab.model.redraw import VARIANTS, max_violation, thinned
+from ernie_lab.model.redraw import VARIANTS, max_violation, seed_of, thinned
 
 PERMUTED, UNTRAINED = "permuted labels", "untrained twin"
 REDRAWN = {variant: f"redrawn router, equal {variant}" for variant in VARIANTS}
@@ -55,7 +55,7 @@ class Question:
         document_N: Codes,
         given_N: Codes | None = None,
         *,
-        n_redrawn: int = 20,
+        n_redrawn: int = 40,
         n_permuted: int = 100,
         n_draws: int = 300,
         weighted: bool = False,
@@ -106,11 +106,12 @@ def layer_specialisation(
     states_ND: Tensor,
     gate_ED: Tensor,
     twins_NE: Sequence[Tensor] = (),
+    layer: int = 0,
 ) -> tuple[dict[str, float | bool], pd.DataFrame]:
     """A row of `Specialisation.table`, and every draw of every null.
 
     `learned` is what the router really chose; `states_ND` what it read, `gate_ED` its weights,
-    `twins_NE` the router probabilities of untrained twins.
+    `twins_NE` the router probabilities of untrained twins. `layer` has gates of its own drawn.
     """
     k, n_experts, fitted_N = learned.ids_NK.shape[1], len(gate_ED), question.fitted_N
     target = max_violation(thinned(torch.from_numpy(learned.ids_NK[fitted_N])), n_experts)
@@ -128,9 +129,9 @@ def layer_specialisation(
     for draw, probs_NE in enumerate(twins_NE):
         draws.append((UNTRAINED, draw, of(balanced(probs_NE, fitted_N, k, target))))
     worst, resampled = [], []
-    for variant in VARIANTS:
+    for way, variant in enumerate(VARIANTS):
         for draw in range(question.n_redrawn):
-            seed = question.seed + draw
+            seed = seed_of(question.seed, way, layer, draw)
             choice = redrawn(gate_ED, states_ND, fitted_N, k, target, seed, variant)
             draws.append((REDRAWN[variant], draw, of(choice)))
             worst.append(choice.max_violation - target)
@@ -141,12 +142,15 @@ def layer_specialisation(
     told["permuted"] = float(of_null[PERMUTED].mean())
     told["permuted_p95"] = null_p95(of_null[PERMUTED])
     told["untrained"] = float(of_null[UNTRAINED].mean()) if len(twins_NE) else np.nan
+    told["untrained_max"] = float(of_null[UNTRAINED].max()) if len(twins_NE) else np.nan
     for variant in VARIANTS:
         drawn = of_null[REDRAWN[variant]]
         told[f"{variant}_median"] = float(np.median(drawn))
         told[f"{variant}_p95"] = null_p95(drawn)
         told[f"{variant}_percentile"] = float(100 * (drawn < bits).mean())
     told["above"] = all(bits > float(told[f"{variant}_p95"]) for variant in VARIANTS)
+    # A comparison with NaN is False: above none where there is none.
+    told["above_twins"] = bits > float(told["untrained_max"])
     every = np.concatenate([of_null[name] for name in REDRAWN.values()])
     told["excess"] = bits - float(every.mean())
     told["excess_low"], told["excess_high"] = centred_interval(

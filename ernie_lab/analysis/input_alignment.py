@@ -22,7 +22,7 @@ from ernie_lab.analysis.information import null_p95
 from ernie_lab.analysis.token_groups import Floats, Integers
 from ernie_lab.interventions.bootstrap import draws_of, ends
 from ernie_lab.model.kinds import Model
-from ernie_lab.model.redraw import NotBalanced, OtherRouter, choose, redraw
+from ernie_lab.model.redraw import NotBalanced, OtherRouter, choose, redraw, seed_of
 
 _WORK = 64_000_000  # numbers of resampled sums at one time
 
@@ -64,7 +64,9 @@ def input_alignment(
     low_E, high_E = np.full((2, chosen.n_experts), np.nan)
     known_E = np.isfinite(drawn_DE).any(0) & (chosen.n_documents > 1)
     low_E[known_E], high_E[known_E] = ends(drawn_DE[:, known_E])
-    random = _redrawn(router.correction_bias_E, weight_ED, states_ND, chosen, n_redrawn, seed)
+    random = _redrawn(
+        router.correction_bias_E, weight_ED, states_ND, chosen, n_redrawn, (seed, layer)
+    )
     return pd.DataFrame(
         {
             "layer": layer, "expert": range(chosen.n_experts),
@@ -140,7 +142,12 @@ def _drawn(weight_ED: Tensor, sums: Sums, draws_RX: Integers) -> Floats:
 
 
 def _redrawn(
-    bias_E: Tensor, weight_ED: Tensor, states_ND: Floats, chosen: Choices, n_redrawn: int, seed: int
+    bias_E: Tensor,
+    weight_ED: Tensor,
+    states_ND: Floats,
+    chosen: Choices,
+    n_redrawn: int,
+    seed: tuple[int, int],
 ) -> NDArray[Any]:
     """`apart` of all experts of some redrawn routers."""
     learned = OtherRouter(weight_ED, bias_E.detach().float().cpu())
@@ -149,7 +156,7 @@ def _redrawn(
     found = []
     for number in range(n_redrawn):
         try:
-            other = redraw(learned, x_ND, chosen.k, seed + number, "norm")
+            other = redraw(learned, x_ND, chosen.k, seed_of(*seed, number), "norm")
         except NotBalanced:
             continue
         ids_NK = choose(x_ND, other, chosen.k).numpy()

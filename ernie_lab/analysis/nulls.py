@@ -10,7 +10,8 @@ gates beat permuted labels by far.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol, TypeAlias, TypeVar
 
@@ -82,6 +83,36 @@ def halves(label_N: Codes, document_N: Codes) -> NDArray[np.bool_]:
     return np.isin(document_N, documents[order[::2]])
 
 
+def halves_by_lot(document_N: Codes, seed: int) -> NDArray[np.bool_]:
+    """Tokens of half of the documents, `[n]`, drawn: every other one of texts that take turns by
+    domain would be one domain's, and the other half another's."""
+    documents = np.unique(document_N)
+    drawn = np.random.default_rng(seed).permutation(documents)
+    return np.isin(document_N, drawn[: -(-len(documents) // 2)])
+
+
+def halves_of(
+    label_N: Codes | None, names: Sequence[Any], document_N: Codes, seed: int
+) -> NDArray[np.bool_]:
+    """`halves` where there are labels, called `names`, and by lot where there are none.
+
+    Warns of labels that are in one half alone: of them nothing is known in the other.
+    """
+    if label_N is None:
+        return halves_by_lot(document_N, seed)
+    mine_N = halves(label_N, document_N)
+    there = [set(np.unique(label_N[half])) - {-1} for half in (mine_N, ~mine_N)]
+    if lone := sorted(there[0] ^ there[1]):
+        told = ", ".join(repr(str(names[code])) for code in lone[:5]) + (" …" if lone[5:] else "")
+        warnings.warn(
+            f"{len(lone)} of {len(names)} labels have documents in one half only ({told}): what "
+            "is fitted or picked in one half is not of what the other has. Take two documents or "
+            "more of each label",
+            stacklevel=3,
+        )
+    return mine_N
+
+
 def redrawn(
     learned_ED: Tensor,
     states_ND: Tensor,
@@ -143,7 +174,8 @@ def untrained_twin(
     `initialise(model, seed, std)` fills the weights: all normal with deviation `std`, biases zero,
     unless the training began otherwise. That of the built-in models is
     `ernie_lab.organisms.initial.initialise` with `std=0.06`: what writes to the residual stream
-    starts smaller, embeddings larger.
+    starts smaller, embeddings larger. A twin that began otherwise than the training is another
+    null; its name has the `std` ("tiny-text, untrained, std 0.02, seed 0").
 
     Of a vision-language model the tower and the resampler stay as they are: pictures enter the
     twin as they enter the model, and what differs is the decoder (the built-in models' eye was
@@ -157,5 +189,5 @@ def untrained_twin(
         for name, parameter in eye(model):
             parameter.copy_(learned[name])
     model = model.to(device=weights.device, dtype=weights.dtype).eval()
-    name = f"{lab.model_id}, untrained, seed {seed}"
+    name = f"{lab.model_id}, untrained, std {std:g}, seed {seed}"
     return dataclasses.replace(lab, model=model, model_id=name, report=None)  # type: ignore[type-var]

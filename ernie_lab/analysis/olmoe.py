@@ -16,7 +16,7 @@ import xarray as xr
 from numpy.typing import NDArray
 
 from ernie_lab.analysis.balance import n_experts_of
-from ernie_lab.analysis.nulls import halves
+from ernie_lab.analysis.nulls import halves_of
 from ernie_lab.analysis.token_groups import (
     By,
     documents_of,
@@ -98,21 +98,24 @@ def domain_specialisation(
 
 def vocabulary_specialisation(
     routing: Any,
+    labels: By | None = None,
     *,
     k: int | None = None,
     min_count: int = 10,
     min_share: float = 0.5,
     documents: By | None = None,
     n_experts: int | None = None,
+    seed: int = 0,
 ) -> pd.DataFrame:
     """N(k)_{x,e} / N_x: of the times that token id x was read, how often expert e was chosen.
 
     One row per (layer, expert, id) with `share` or `share_picked` of at least `min_share`, the
     largest share first in each layer: `id`, `text`, `n` (times read), `share`. Ids read fewer than
     `min_count` times are left out. With many ids some shares are high by luck, so `share_picked`
-    is that of every other document and `share_other` that of the rest: pick by the one, report the
-    other (NaN where it has no such token; `n_other` says of how many). No row that is picked at
-    `min_share` or more is missing for a low share in the rest.
+    is that of half of the documents and `share_other` that of the rest: pick by the one, report
+    the other (NaN where it has no such token; `n_other` says of how many). With `labels`, such as
+    the domain of each token, every label's documents are halved; else they are by lot (`seed`).
+    No row that is picked at `min_share` or more is missing for a low share in the rest.
 
     These are *input* ids: the token that the router reads. OLMoE also shows predicted ids.
     """
@@ -128,7 +131,9 @@ def vocabulary_specialisation(
             f"no token id occurs {min_count} times (the commonest {n_V.max()}): run more text or "
             "lower min_count="
         )
-    picked_N = halves(np.zeros_like(document_N), document_N)
+    groups = groups_of(ids, labels)
+    label_N = None if labels is None else groups.code_N
+    picked_N = halves_of(label_N, groups.names, document_N, seed)
     sides = {"share": np.ones_like(picked_N), "share_picked": picked_N, "share_other": ~picked_N}
     tables = []
     for layer, ids_NK in zip(layers_of(ids), first_slots(ids, k), strict=True):

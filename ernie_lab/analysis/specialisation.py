@@ -17,10 +17,11 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 
-from ernie_lab.analysis.beside_nulls import Question, layer_specialisation
+from ernie_lab.analysis.beside_nulls import UNTRAINED, Question, layer_specialisation
 from ernie_lab.analysis.nulls import Choice, Permuted
 from ernie_lab.analysis.token_groups import By, documents_of, groups_of, require_same_tokens
 from ernie_lab.display import ranges
+from ernie_lab.interventions.bootstrap import few_drawn
 from ernie_lab.interventions.redraw import states_of
 from ernie_lab.model.redraw import VARIANTS, OtherRouter, choose
 from ernie_lab.trace.trace import Trace
@@ -37,15 +38,17 @@ class Specialisation:
 
     `table` has one row per layer. `bits`, `low`, `high`: the learned router, with a 95 %
     interval over documents. `permuted`, `permuted_p95`: permuted labels, their mean and what
-    one more exceeds in at most 5 % of cases (by rank: of 20 draws, the largest). `untrained`: the
-    untrained twins' mean, NaN without one. For each way to redraw the router, `norm_` and
-    `variance_`: `median` and `p95` of the draws, likewise, and `percentile`, the share of draws
-    that tell less than the learned router, in percent. `above`: are the bits above the p95 of
-    both ways? `excess`, `excess_low`, `excess_high`: learned minus the mean of all redrawn
-    routers, paired over documents. Its interval is of other documents, not of other routers: that
-    of a router which is itself random excludes 0 often, and only `above` says that one is not.
-    `label_bits` and `expert_bits` bound the bits. `max_violation`: of the learned router, where
-    biases were fitted; `redrawn_max_violation`: that of the draw furthest from it.
+    one more exceeds in at most 5 % of cases (by rank: of 40 draws the second largest, of 20 the
+    largest). `untrained`, `untrained_max`: the untrained twins' mean and largest, NaN without
+    one. For each way to redraw the router, `norm_` and `variance_`: `median` and `p95` of the
+    draws, likewise, and `percentile`, the share of draws that tell less than the learned router,
+    in percent. `above`: are the bits above the p95 of both ways? `above_twins`: are they above
+    every untrained twin's (False without one)? `excess`, `excess_low`, `excess_high`: learned
+    minus the mean of all redrawn routers, paired over documents. Its interval is of other
+    documents, not of other routers: that of a router which is itself random excludes 0 often,
+    and only `above` says that one is not. `label_bits` and `expert_bits` bound the bits.
+    `max_violation`: of the learned router, where biases were fitted; `redrawn_max_violation`:
+    that of the draw furthest from it.
 
     `nulls` has every draw: layer, null, draw, bits. `by` says what was permuted. The least p
     that n redrawn routers can give is 1 / (n + 1), and layers are not corrected for.
@@ -73,10 +76,26 @@ class Specialisation:
         return tuple(int(layer) for layer in self.table.index[self.table["above"]])
 
     @property
+    def above_twins(self) -> tuple[int, ...]:
+        """The layers whose router tells more than every untrained twin's."""
+        return tuple(int(layer) for layer in self.table.index[self.table["above_twins"]])
+
+    @property
+    def n_twins(self) -> int:
+        return int(self.nulls.loc[self.nulls["null"] == UNTRAINED, "draw"].nunique())
+
+    @property
     def above_in_words(self) -> str:
-        """ "layers 2..5", "layer 1", "no layer"."""
-        many = "s" if len(self.above) > 1 else ""
-        return f"layer{many} {ranges(self.above)}" if self.above else "no layer"
+        """What is above which null: "above 95 % of … in layers 2..5; above … in layer 2"."""
+        many = "s" if self.n_twins > 1 else ""
+        twins = (
+            f"above {'all ' if many else ''}{self.n_twins} untrained twin{many} in "
+            f"{_in_words(self.above_twins)}"
+            if self.n_twins
+            else "untrained twins were not asked"
+        )
+        redrawn = f"above 95 % of the redrawn routers of both kinds in {_in_words(self.above)}"
+        return f"{redrawn}; {twins}"
 
     @property
     def subject(self) -> str:
@@ -85,12 +104,21 @@ class Specialisation:
         return f"{whose} and {self.label}" + (f" given {self.given}" if self.given else "")
 
     def __repr__(self) -> str:
-        parts = ["bits", "permuted_p95", "untrained"]
+        parts = ["bits", "permuted_p95", "untrained_max"]
         parts += [f"{variant}_{part}" for variant in VARIANTS for part in ("median", "p95")]
         shown = self.table[parts].round(3)
         spans = [f"[{row.low:.3f}, {row.high:.3f}]" for row in self.table.itertuples()]
         shown.insert(1, "interval", spans)
-        shown["above"] = np.where(self.table["above"], "yes", "no")
+        shown["percentiles"] = [
+            f"{row.norm_percentile:g}, {row.variance_percentile:g}"
+            for row in self.table.itertuples()
+        ]
+        redrawn, twins = self.table["above"], self.table["above_twins"]
+        shown["above"] = np.where(redrawn, "redrawn", "neither" if self.n_twins else "no")
+        if self.n_twins:
+            shown.loc[twins, "above"] = np.where(redrawn[twins], "redrawn, twins", "twins")
+        else:
+            shown = shown.drop(columns="untrained_max")
         shown.columns = [column.replace("_", " ") for column in shown.columns]
         return "\n".join(
             [
@@ -98,8 +126,9 @@ class Specialisation:
                 f"{self.n_documents} documents",
                 shown.to_string(),
                 f"norm, variance: {self.n_redrawn} redrawn routers each, fitted to the learned "
-                f"load on {self.n_fitted:,} other tokens. Permuted: {self.by}.",
-                f"Above the 95th percentile of both: {self.above_in_words}.",
+                f"load on {self.n_fitted:,} other tokens; percentiles: how many of 100 tell less, "
+                f"of norm and variance. Permuted: {self.by}.{few_drawn(self.n_documents)}",
+                f"{self.above_in_words[0].upper()}{self.above_in_words[1:]}.",
             ]
         )
 
@@ -116,7 +145,7 @@ def specialisation(
     given: By | None = None,
     weighted: bool = False,
     documents: By | None = None,
-    n_redrawn: int = 20,
+    n_redrawn: int = 40,
     n_permuted: int = 100,
     n_draws: int = 300,
     seed: int = 0,
@@ -131,7 +160,9 @@ def specialisation(
     Labels that are constant in every document are permuted over documents, others among the
     tokens of each document, and with `given` among tokens of equal given value.
 
-    Cost: 2 x `n_redrawn` gates a layer, on all tokens. Narrow with `layers`.
+    Cost: 2 x `n_redrawn` gates a layer, on all tokens. Narrow with `layers`. Every seed, layer and
+    draw has a gate of its own: where `percentile` is near 95, another `seed` may decide otherwise;
+    more redrawn routers are the answer, not another seed.
 
     Args:
         trace: kept with `keep=["routing", "moe.in"]`, of several texts.
@@ -177,7 +208,7 @@ def specialisation(
         bias_E = routing.correction_bias.sel(layer=layer).values
         _require_gate(learned, states_ND, gate_ED, torch.tensor(bias_E), layer)
         of_twins = [torch.tensor(p.sel(layer=layer).values) for p in probs]
-        told, drawn = layer_specialisation(question, learned, states_ND, gate_ED, of_twins)
+        told, drawn = layer_specialisation(question, learned, states_ND, gate_ED, of_twins, layer)
         rows.append({"layer": layer, **told})
         nulls.append(drawn.assign(layer=layer))
     return Specialisation(
@@ -193,6 +224,11 @@ def specialisation(
         n_fitted=int(question.fitted_N.sum()),
         n_redrawn=n_redrawn,
     )
+
+
+def _in_words(layers: tuple[int, ...]) -> str:
+    """ "layers 2..5", "layer 1", "no layer"."""
+    return f"layer{'s' if len(layers) > 1 else ''} {ranges(layers)}" if layers else "no layer"
 
 
 def _gate(gates: Gates, layer: int, bank: str | None) -> Tensor:

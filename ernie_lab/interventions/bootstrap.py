@@ -16,6 +16,9 @@ from numpy.typing import ArrayLike, NDArray
 Floats: TypeAlias = NDArray[np.float64]
 
 CONFIDENCE = 0.95
+# A "95 %" percentile interval of a mean over 2 documents held the true mean in 51 % of simulations
+# (normal values), over 3 in 74 %, over 5 in 81 %, over 6 in 87 %, over 20 in 92 %.
+FEW_DOCUMENTS = 6
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +40,13 @@ def draws_of(n_documents: int, n_draws: int, seed: int) -> NDArray[np.int64]:
     return np.asarray(rng.multinomial(n_documents, shares, size=n_draws), dtype=np.int64)
 
 
+def few_drawn(n_documents: int) -> str:
+    """What a caption adds to intervals over so few documents; nothing over enough of them."""
+    if not 1 < n_documents < FEW_DOCUMENTS:
+        return ""
+    return f" Intervals are over {n_documents} documents only: too narrow for 95 %."
+
+
 def per_document(
     values: ArrayLike, document: ArrayLike, n_documents: int
 ) -> tuple[Floats, NDArray[np.int64]]:
@@ -54,7 +64,8 @@ def estimate(values: ArrayLike, document: ArrayLike, draws: NDArray[np.int64]) -
 
     A document counts by its number of values, as in a mean over tokens. Source: the cluster
     bootstrap for ratio estimators (Davison and Hinkley 1997, section 3.8), percentile interval.
-    `document` numbers the document of each value from 0; `draws` is of `draws_of`.
+    `document` numbers the document of each value from 0; `draws` is of `draws_of`. Of fewer than
+    `FEW_DOCUMENTS` documents the interval is too narrow; `few_drawn` says so in captions.
     """
     sums, counts = per_document(values, document, draws.shape[1])
     n = int(counts.sum())

@@ -12,6 +12,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -76,6 +77,14 @@ def redraw(
 def thinned(states_ND: Tensor) -> Tensor:
     """Evenly spaced rows, N_FITTED at most: what a bias is fitted on."""
     return states_ND[:: -(-len(states_ND) // N_FITTED)]
+
+
+def seed_of(*numbers: int) -> int:
+    """A seed of its own for each of these tuples of one length: the caller's seed, a layer, a draw.
+
+    `seed + draw` is none: neighbouring seeds would have all but one of their draws in common.
+    """
+    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0])
 
 
 def gaussian_gate(

@@ -9,6 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
+from ernie_lab.interventions.bootstrap import few_drawn
 from ernie_lab.plots.given import require
 from ernie_lab.plots.layer_columns import layer_columns, width_of
 from ernie_lab.plots.style import INK, MUTED, OKABE_ITO, RULE
@@ -135,8 +136,9 @@ def _caption(found: Specialisation, model: str) -> str:
     return (
         f"{model + '. ' if model else ''}{found.n_tokens:,} tokens of {found.n_documents} "
         f"documents; at most {table['label_bits'].max():.2f} bits, the entropy of the "
-        f"{found.label}. Lines on dots: 95 %, over documents. Redrawn: a random gate on the very "
-        "same hidden states, its load made the learned one's on other documents; bar 90 % of "
+        f"{found.label}. Lines on dots: 95 %, over documents."
+        f"{few_drawn(found.n_documents)} Redrawn: a random gate on the very same "
+        "hidden states, its load made the learned one's on other documents; bar 90 % of "
         f"draws, thin line all, notch the median.{twin} Permuted: {found.by}. Information is not "
         "function: this does not show that any expert is needed."
     )
@@ -150,6 +152,6 @@ def _alt(found: Specialisation, model: str) -> str:
     ]
     shown = parts if len(parts) <= 8 else [*parts[:3], "…", *parts[-3:]]
     return (
-        f"Bits between {found.subject}{f' of {model}' if model else ''}: {'; '.join(shown)}. Above "
-        f"both kinds of redrawn router: {found.above_in_words}."
+        f"Bits between {found.subject}{f' of {model}' if model else ''}: {'; '.join(shown)}. "
+        f"{found.above_in_words[0].upper()}{found.above_in_words[1:]}."
     )

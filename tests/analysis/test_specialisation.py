@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
@@ -130,7 +132,7 @@ def test_a_router_that_looks_at_the_label_beats_random_ones_and_a_blind_one_does
     assert told["permuted_p95"] < told["norm_median"] < told["bits"]
     assert 0 < told["excess_low"] < told["excess"] < told["excess_high"]
     assert abs(told["redrawn_max_violation"] - told["max_violation"]) <= 0.051
-    assert np.isnan(told["untrained"])
+    assert np.isnan(told["untrained"]) and not told["above_twins"]
     assert nulls.groupby("null").size().to_dict() == {
         PERMUTED: 40, REDRAWN["norm"]: 20, REDRAWN["variance"]: 20
     }  # fmt: skip
@@ -141,6 +143,20 @@ def test_a_router_that_looks_at_the_label_beats_random_ones_and_a_blind_one_does
     told, _ = layer_specialisation(question, learned, states, gate)
     assert not told["above"] and told["norm_percentile"] == 0
     assert told["norm_median"] > 3 * told["permuted_p95"], "a random router tells a great deal"
+
+
+def test_no_two_seeds_layers_or_kinds_share_a_redrawn_router() -> None:
+    question, learned, states, gate = planted(along=True)
+    question = dataclasses.replace(question, n_permuted=1)
+
+    def drawn(seed: int, layer: int) -> list[float]:
+        asked = dataclasses.replace(question, seed=seed, n_redrawn=4)
+        nulls = layer_specialisation(asked, learned, states, gate, layer=layer)[1]
+        return nulls.loc[nulls["null"] != PERMUTED, "bits"].tolist()
+
+    found = [bits for seed in (0, 1) for layer in (1, 2) for bits in drawn(seed, layer)]
+    assert len(set(found)) == 2 * 2 * 2 * 4
+    assert drawn(0, 1) == found[:8]
 
 
 def test_labels_are_measured_on_documents_that_no_bias_was_fitted_on() -> None:
@@ -163,7 +179,14 @@ def test_of_a_trace(trace) -> None:
     assert set(found.above) <= {1, 2}
     text = repr(found)
     assert text.startswith("small: bits between expert and case, 48 tokens of 4 documents")
-    assert "Permuted: documents" in text and "untrained" in text
+    assert "Permuted: documents" in text and "untrained max" in text and "percentiles" in text
+    assert "Intervals are over 4 documents only: too narrow for 95 %." in text
+    table, twin = found.table, found.nulls[found.nulls["null"] == "untrained twin"]
+    most = twin.groupby("layer")["bits"].max()
+    assert found.n_twins == 2 and (table["untrained_max"] == most).all()
+    assert found.above_twins == tuple(table.index[table["bits"] > most])
+    assert "above all 2 untrained twins in " in text.splitlines()[-1]
+    assert text.splitlines()[-1].startswith("Above 95 % of the redrawn routers of both kinds in ")
     gates = {layer: router.weight_ED for layer, router in LAB.model.routers().items()}
     again = specialisation(trace, case_of(trace), gates, label="case", untrained=twins, **how)
     assert again.table.equals(found.table)
@@ -171,6 +194,7 @@ def test_of_a_trace(trace) -> None:
     assert one.layers == (2,)
     assert one.table.loc[2, "bits"] == found.table.loc[2, "bits"]
     beyond = specialisation(trace, case_of(trace), LAB, given="pos", weighted=True, **how)
+    assert "untrained twins were not asked" in repr(beyond) and "untrained max" not in repr(beyond)
     assert beyond.by == "tokens of equal given" and beyond.subject == "expert and label given pos"
     within = specialisation(trace, "id", LAB, **how)
     assert within.by == "tokens of a document" and within.label == "id"
@@ -209,7 +233,7 @@ def test_refusals(trace) -> None:
 
 def test_a_twin_has_the_same_shape_and_learned_nothing() -> None:
     twin = untrained_twin(LAB, 3)
-    assert twin.model_id == "small, untrained, seed 3" and twin.tokenizer is LAB.tokenizer
+    assert twin.model_id == "small, untrained, std 0.02, seed 3" and twin.tokenizer is LAB.tokenizer
     assert twin.model.config == LAB.model.config and not twin.model.training
     routers = twin.model.routers()
     assert all((router.correction_bias_E == 0).all() for router in routers.values())

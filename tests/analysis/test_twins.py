@@ -13,7 +13,7 @@ def test_same_eye_other_decoder() -> None:
     lab = el.load("tiny-vl")
     before = {name: value.clone() for name, value in lab.model.state_dict().items()}
     twin, again = untrained_twin(lab), untrained_twin(lab)
-    assert twin.model_id == "tiny-vl, untrained, seed 0" and twin.report is None
+    assert twin.model_id == "tiny-vl, untrained, std 0.02, seed 0" and twin.report is None
     assert twin.tokenizer is lab.tokenizer
     theirs, ours = dict(twin.model.named_parameters()), dict(lab.model.named_parameters())
     assert theirs.keys() == ours.keys()

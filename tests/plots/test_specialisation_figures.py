@@ -21,6 +21,7 @@ def specialised(layers=(2, 5, 9), above=(True, False, True), n_redrawn=20) -> Sp
     for layer, is_above in zip(layers, above, strict=True):
         row = {"layer": layer, "bits": 0.5 if is_above else 0.1, "label_bits": 2.0}
         row |= {"low": row["bits"] - 0.05, "high": row["bits"] + 0.05, "above": is_above}
+        row |= {"above_twins": is_above and layer > 2}
         row |= {"permuted": 0.01, "permuted_p95": 0.03, "untrained": 0.25}
         for variant in ("norm", "variance"):
             drawn = rng.uniform(0.15, 0.25, n_redrawn)
@@ -61,6 +62,7 @@ def test_the_learned_router_stands_beside_its_nulls() -> None:
     assert "toy. 4,000 tokens of 50 documents; at most 2.00 bits" in view.caption
     assert "Information is not function" in view.caption and "Permuted: documents" in view.caption
     assert "layer 5 0.100 (redrawn median" in view.alt and "layers 2, 9" in view.alt
+    assert view.alt.endswith("layers 2, 9; above 1 untrained twin in layer 9.")
     assert view.png()
 
 
