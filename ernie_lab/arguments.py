@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from numbers import Integral
 from typing import Any, cast
 
@@ -58,8 +58,10 @@ def as_seeds(seed: int | Sequence[int]) -> tuple[int, ...]:
 def as_edits(edits: Edit | Iterable[Edit]) -> tuple[Edit, ...]:
     if isinstance(edits, Edit):
         return (edits,)
-    if not isinstance(edits, Iterable):
-        raise EditError(f"edits={edits!r} must be an edit or a list of edits; see el.edit")
+    if isinstance(edits, str | Mapping) or not isinstance(edits, Iterable):
+        raise EditError(
+            f"{edits!r} must be an edit or a list of edits, such as el.shared.zero(3); see el.edit"
+        )
     return tuple(edits)
 
 

@@ -32,6 +32,7 @@ from ernie_lab.inputs.visual_layout import BANKS
 from ernie_lab.interventions import EditChangedNothingWarning
 from ernie_lab.interventions.bootstrap import draws_of
 from ernie_lab.interventions.comparison import Comparison, metric_names
+from ernie_lab.interventions.saying import times
 from ernie_lab.interventions.summary import (
     Layout,
     Measured,
@@ -277,8 +278,8 @@ def warn_if_idle(found: Comparison, only: str | None = None) -> None:
         edits = found.edits[found.edits["condition"] == name]
         for row in edits[edits["n_changed"] == 0].itertuples():
             warnings.warn(
-                f"condition {name!r}: {row.edit} was applied {row.n_fired} times and changed "
-                f"nothing; {figure}",
+                f"condition {name!r}: {row.edit} was applied {times(int(row.n_fired))} and "
+                f"changed nothing; {figure}",
                 EditChangedNothingWarning,
                 stacklevel=3,
             )

@@ -9,7 +9,7 @@ from typing import Any, TypeAlias
 
 from ernie_lab.arguments import as_edits
 from ernie_lab.experiments.measuring import Metric, Outcome
-from ernie_lab.interventions import Edit, EditTap
+from ernie_lab.interventions import Edit, EditError, EditTap
 from ernie_lab.lab import Lab
 from ernie_lab.sites import all_sites, idle
 
@@ -60,8 +60,12 @@ def named_conditions(
         control = name in controls
         if callable(given) and not isinstance(given, Edit):
             named[name] = Named(_per_batch(given), None, given, control)
-        else:
-            named[name] = Named.always(as_edits(given), control)
+            continue
+        try:
+            edits = as_edits(given)
+        except EditError as error:
+            raise EditError(f"condition {name!r}: {error}") from None
+        named[name] = Named.always(edits, control)
     return named
 
 

@@ -216,8 +216,9 @@ class EditTap:
         """Say so when an edit never changed anything."""
         for count in self.counts:
             if count.n_changed == 0:
-                explains = isinstance(count.edit, Explains) and count.n_fired
-                why = count.edit.why_idle("no token") if explains else ""
+                why = ""
+                if count.n_fired and isinstance(count.edit, Explains):
+                    why = count.edit.why_idle("no token")
                 warnings.warn(
                     f"{count.edit!r} was applied {times(count.n_fired)} and changed nothing"
                     + (f": {why}" if why else ""),

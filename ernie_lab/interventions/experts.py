@@ -77,6 +77,17 @@ class WithoutWeight:
         divide = (removed < 1) & off.any(-1, keepdim=True) & ~off.all(-1, keepdim=True)
         return torch.where(divide, wide / (1 - removed), wide).to(x.dtype)
 
+    def why_idle(self, nobody: str) -> str:
+        if self.ids is None:
+            return ""
+        layers = "any layer" if self.layers is None else f"layer {_or(self.layers)}"
+        return f"{nobody} chose expert {_or(self.ids)} in {layers} with a weight above 0"
+
+
+def _or(numbers: Sequence[int]) -> str:
+    *first, last = map(str, numbers)
+    return f"{', '.join(first)} or {last}" if first else last
+
 
 @dataclass(frozen=True, slots=True, repr=False)
 class OtherOutput:

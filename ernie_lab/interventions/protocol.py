@@ -11,7 +11,7 @@ from ernie_lab.interventions.here import EditError, Here
 from ernie_lab.model.kinds import Model
 from ernie_lab.sites import Site
 
-__all__ = ["Edit", "EditError", "Exchange", "Narrowed", "Reads"]
+__all__ = ["Edit", "EditError", "Exchange", "Explains", "Narrowed", "Reads"]
 
 
 @runtime_checkable
@@ -36,6 +36,15 @@ class Reads(Protocol):
     """
 
     def reads(self, sites: Sequence[Site]) -> tuple[Site, ...]: ...
+
+
+@runtime_checkable
+class Explains(Protocol):
+    """An edit of which it follows why, if it changed nothing."""
+
+    def why_idle(self, nobody: str) -> str:
+        """`nobody` are the tokens that it was about: "no token". Empty where nothing follows."""
+        ...
 
 
 @runtime_checkable

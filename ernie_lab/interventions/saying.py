@@ -41,6 +41,10 @@ _OF_ONE_SITE = (
 )
 
 
+def times(n: int) -> str:
+    return "once" if n == 1 else f"{n} times"
+
+
 def shown(value: Any) -> str:
     """As one would type it: one number for a tuple of one, a range for many in a row."""
     if isinstance(value, tuple) and len(value) == 1:

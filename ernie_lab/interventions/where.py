@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ernie_lab.interventions.calling import called
 from ernie_lab.interventions.here import EditError, Here, Past
-from ernie_lab.interventions.protocol import Edit, Exchange, Reads
+from ernie_lab.interventions.protocol import Edit, Exchange, Explains, Reads
 from ernie_lab.interventions.saying import shown
 from ernie_lab.sites import Phase, Site
 from ernie_lab.trace.integers import integers
@@ -165,6 +165,10 @@ class At:
 
     def reads(self, sites: Sequence[Site]) -> tuple[Site, ...]:
         return self.edit.reads(sites) if isinstance(self.edit, Reads) else ()
+
+    def why_idle(self, nobody: str) -> str:
+        narrowed = f"{nobody} that it is narrowed to"
+        return self.edit.why_idle(narrowed) if isinstance(self.edit, Explains) else ""
 
     def apply(self, site: Site, x: Tensor, here: Here, /) -> Tensor:
         inside = _narrowed(self.wheres, here)

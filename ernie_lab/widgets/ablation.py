@@ -11,6 +11,7 @@ from typing import Any
 from ernie_lab.display import ranges
 from ernie_lab.plots.next_tokens import plot_next_tokens
 from ernie_lab.plots.view import View
+from ernie_lab.trace.integers import integers
 from ernie_lab.widgets.change_html import (
     STYLE,
     code_html,
@@ -75,13 +76,13 @@ class AblationExplorer:
 
     def set(
         self,
-        shared: Iterable[int] = (),
-        experts: Mapping[int, Iterable[int]] | None = None,
+        shared: int | Iterable[int] = (),
+        experts: Mapping[int, int | Iterable[int]] | None = None,
         how: str = "zero",
         bank: str | None = None,
     ) -> None:
         """Switch off exactly this; arguments as in `explore_ablation`."""
-        self._apply(started(self.text, shared, experts or {}, how, bank))
+        self._apply(started(self.text, shared, {} if experts is None else experts, how, bank))
         self._press()
 
     @property
@@ -299,8 +300,8 @@ class AblationExplorer:
 
 def started(
     text: Text,
-    shared: Iterable[int],
-    experts: Mapping[int, Iterable[int]],
+    shared: int | Iterable[int],
+    experts: Mapping[int, int | Iterable[int]],
     how: str,
     bank: str | None,
 ) -> Switches:
@@ -309,12 +310,14 @@ def started(
     if of not in text.banks:
         raise ValueError(f"bank={bank!r}: this text is read by {' and '.join(text.banks) or 'one'}")
     layers = [int(n) for n in text.trace.routing(of or None).expert_ids["layer"].values]
-    switches = Switches(frozenset(shared), {}, how)
+    if not isinstance(experts, Mapping):
+        raise TypeError(f"experts={experts!r}: expected a dict by layer, such as {{5: [8, 9]}}")
+    switches = Switches(frozenset(integers(shared, "shared")), {}, how)
     for layer in (*switches.shared, *experts):
         if layer not in layers:
             raise ValueError(f"layer {layer} has no experts; those with experts: {layers}")
     for layer, ids in experts.items():
-        wanted = frozenset(ids)
+        wanted = frozenset(integers(ids, f"experts of layer {layer}"))
         if outside := [e for e in wanted if not 0 <= e < text.trace.n_experts]:
             raise ValueError(f"expert {outside[0]} is not in 0..{text.trace.n_experts - 1}")
         switches = switches.with_experts((layer, of), wanted)
@@ -328,8 +331,8 @@ def explore_ablation(
     images: Any = None,
     videos: Any = None,
     chat: Mapping[str, Any] | None = None,
-    shared: Iterable[int] = (),
-    experts: Mapping[int, Iterable[int]] | None = None,
+    shared: int | Iterable[int] = (),
+    experts: Mapping[int, int | Iterable[int]] | None = None,
     how: str = "zero",
     bank: str | None = None,
 ) -> AblationExplorer:
@@ -349,4 +352,6 @@ def explore_ablation(
     if how not in WAYS:
         raise ValueError(f"how={how!r} must be one of {', '.join(WAYS)}")
     text = Text.read(lab, prompt, images=images, videos=videos, chat=chat)
-    return AblationExplorer(text, started(text, shared, experts or {}, how, bank))
+    return AblationExplorer(
+        text, started(text, shared, {} if experts is None else experts, how, bank)
+    )

@@ -209,7 +209,7 @@ def _stop_at(prompt: str):
 
 def test_edits_that_change_nothing_are_named(lab: Lab) -> None:
     same = el.edit(SHARED, lambda x: x)
-    with pytest.warns(el.EditChangedNothingWarning, match=r"'idle'.*applied 1 times.*is 0"):
+    with pytest.warns(el.EditChangedNothingWarning, match=r"'idle'.*applied once.*is 0"):
         compare(lab, PROMPTS, {"idle": [same]}, **QUIET)
     doubled = el.edit("blocks.1.moe.selection_scores", lambda x: x * 2)  # the choice stays
     with pytest.warns(
@@ -220,14 +220,17 @@ def test_edits_that_change_nothing_are_named(lab: Lab) -> None:
         warnings.simplefilter("always")
         after = el.edit("final_norm.normalized", lambda x: x + 0.0)
         compare(lab, PROMPTS, {"both": [off(), after]}, **QUIET)
-    assert [
-        ("final_norm" in str(w.message), "applied 1 times" in str(w.message)) for w in told
-    ] == [(True, True)]
+    assert [("final_norm" in str(w.message), "applied once" in str(w.message)) for w in told] == [
+        (True, True)
+    ]
 
 
 def test_what_is_refused(lab: Lab) -> None:
     with pytest.raises(TypeError, match="conditions must name edits"):
         compare(lab, PROMPTS, [off()], **QUIET)
+    for wrong in ("zero", 3, {"zero": 1}):
+        with pytest.raises(el.EditError, match=r"condition 'x': .* must be an edit or a list"):
+            compare(lab, PROMPTS, {"x": wrong}, **QUIET)
     with pytest.raises(el.SiteError, match="no site matches"):
         compare(lab, PROMPTS, {"x": el.edit("blocks.9.nothing", torch.zeros_like)}, **QUIET)
     with pytest.raises(ValueError, match="at least 8"):

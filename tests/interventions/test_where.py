@@ -257,6 +257,25 @@ def test_off_in_every_sense() -> None:
         LAB.run("hello", edits=experts.off(1, 8))
 
 
+def test_experts_that_nobody_chose_are_told_of() -> None:
+    ids = LAB.run("hello", keep="routing").trace.tensor("blocks.2.moe.expert_ids")
+    one, other = sorted(set(range(8)) - set(ids.flatten().tolist()))[:2]
+    reason = (
+        f"was applied once and changed nothing: no token chose expert {one} or {other} in layer 2"
+    )
+    for how in ("zero", "renormalise"):
+        with pytest.warns(el.EditChangedNothingWarning, match=reason):
+            LAB.run("hello", edits=experts.off(2, [one, other], how))
+    first, last = (set(row.tolist()) for row in (ids[0], ids[-1]))
+    late = min(last - first)
+    edit = experts.off(2, late, positions=0)
+    with pytest.warns(el.EditChangedNothingWarning, match=rf"narrowed to chose expert {late} in"):
+        LAB.run("hello", edits=edit)
+    with pytest.warns(el.EditChangedNothingWarning, match=r"applied 2 times and changed nothing$"):
+        LAB.run("hello", edits=edits.scale("blocks.*.moe.shared_out", 1.0))
+    assert experts.off(None).why_idle("no token") == ""
+
+
 def test_replay_under_an_edit_of_the_embeddings() -> None:
     """Whose prompt it is, is told by the embeddings as they were before any edit."""
     trace = LAB.run("hello", keep="routing").trace

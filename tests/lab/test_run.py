@@ -227,6 +227,8 @@ def test_edits_that_cannot_be(lab: Lab) -> None:
         lab.run("hello", edits=[el.edit("blocks.1.resid_mid", Tensor.double)])
     with pytest.raises(el.EditError, match="is not an edit"):
         lab.run("hello", edits=[torch.neg])
+    with pytest.raises(el.EditError, match="'zero' must be an edit or a list of edits"):
+        lab.run("hello", edits="zero")
 
 
 def test_an_edit_that_changes_nothing_warns(lab: Lab) -> None:

@@ -213,6 +213,21 @@ def test_refusals(lab, wrong, words):
         explore_ablation(lab, ["ab", "ba"])
 
 
+def test_one_number_needs_no_list(lab):
+    explorer = explore_ablation(lab, PROMPT, shared=1, experts={2: 3})
+    assert explorer.switches == Switches(frozenset({1}), {(2, ""): frozenset({3})})
+    explorer.set(shared=np.int64(2), experts={1: 0})
+    assert explorer.switches == Switches(frozenset({2}), {(1, ""): frozenset({0})})
+    for wrong, words in [
+        ({"shared": "1"}, "shared='1': expected an integer or several"),
+        ({"experts": {1: [0.5]}}, r"experts of layer 1=\[0\.5\]: expected an integer"),
+        ({"experts": [3]}, r"experts=\[3\]: expected a dict by layer"),
+        ({"experts": 0}, "experts=0: expected a dict by layer"),
+    ]:
+        with pytest.raises(TypeError, match=words):
+            explorer.set(**wrong)
+
+
 def test_a_dense_model_is_refused():
     dense = el.Lab(TextModel(small_config(moe=None)).eval(), small_lab().tokenizer)
     with pytest.raises((ValueError, el.SiteError), match=r"dense|experts"):
