@@ -16,7 +16,7 @@ from ernie_lab.plots.style import AMOUNT
 from ernie_lab.plots.token_names import names
 from ernie_lab.plots.tokens import shortened, shown_text
 from ernie_lab.plots.view import View
-from ernie_lab.widgets.live import require_state, script, shades, with_still
+from ernie_lab.widgets.live import below, require_state, script, shades, with_still
 
 Floats: TypeAlias = NDArray[Any]
 
@@ -135,6 +135,12 @@ class AttentionExplorer(anywidget.AnyWidget):
     @traitlets.validate("head")
     def _is_head(self, proposal: Any) -> int:
         return _one_of("head", proposal["value"], self.heads)
+
+    @traitlets.validate("token", "probe")
+    def _is_token(self, proposal: Any) -> int:
+        n_keys = self._pattern(self.layer, self.sequence).sizes["key"]
+        name = proposal["trait"].name
+        return below(name, int(proposal["value"]), n_keys, "this sequence has keys", none=True)
 
     @traitlets.observe("sequence")
     def _other_sequence(self, _change: Any) -> None:

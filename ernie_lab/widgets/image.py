@@ -13,7 +13,7 @@ from ernie_lab.plots.image_values import plot_image_value
 from ernie_lab.plots.panels import HUES, VEIL
 from ernie_lab.plots.pictures import TraceLike, model_name
 from ernie_lab.plots.view import View
-from ernie_lab.widgets.live import one_of, require_state, script, shades, traced, with_still
+from ernie_lab.widgets.live import below, one_of, require_state, script, shades, traced, with_still
 from ernie_lab.widgets.pictured import SLOTS, Pictured, Place
 
 MOST_NUMBERED = 36  # columns of a still picture whose boxes have room for a number
@@ -102,6 +102,16 @@ class ImageExplorer(anywidget.AnyWidget):
     @traitlets.validate("layer")
     def _is_layer(self, proposal: Any) -> int:
         return one_of("layer", int(proposal["value"]), self._pictured.layers)
+
+    @traitlets.validate("slot")
+    def _is_slot(self, proposal: Any) -> int:
+        n_chosen = int(self._pictured.ids.shape[-1])
+        return below("slot", int(proposal["value"]), n_chosen, "the choices of a token are")
+
+    @traitlets.validate("expert")
+    def _is_expert(self, proposal: Any) -> int:
+        n_experts = self._pictured.trace.n_experts
+        return below("expert", int(proposal["value"]), n_experts, "the bank has", none=True)
 
     @traitlets.observe("image")
     def _other_image(self, _change: Any) -> None:

@@ -67,3 +67,11 @@ def one_of(name: str, value: T, known: list[T]) -> T:
     if value not in known:
         raise ValueError(f"{name}={value!r}: this trace has {known}")
     return value
+
+
+def below(name: str, value: int, n: int, what: str, *, none: bool = False) -> int:
+    """A place or number of `n`; with `none`, -1 means that none is meant."""
+    if 0 <= value < n or (none and value == -1):
+        return value
+    way = ", or -1 for none" if none else ""
+    raise ValueError(f"{name}={value}: {what} 0..{n - 1}{way}")

@@ -12,7 +12,7 @@ from ernie_lab.plots.pictures import TraceLike, model_name
 from ernie_lab.plots.style import MARK
 from ernie_lab.plots.view import View
 from ernie_lab.trace.keys import NotKept
-from ernie_lab.widgets.live import one_of, require_state, script, shades, traced, with_still
+from ernie_lab.widgets.live import below, one_of, require_state, script, shades, traced, with_still
 from ernie_lab.widgets.reading import Reading
 
 # Of the still picture: a page, and some 40 kB in a notebook.
@@ -98,6 +98,16 @@ class RoutingExplorer(anywidget.AnyWidget):
     @traitlets.validate("sequence")
     def _is_sequence(self, proposal: Any) -> int:
         return one_of("sequence", int(proposal["value"]), self._reading(self.bank).sequences)
+
+    @traitlets.validate("token")
+    def _is_token(self, proposal: Any) -> int:
+        said = self._reading(self.bank).tokens(self.sequence)
+        return below("token", int(proposal["value"]), len(said.texts), "this sequence has tokens")
+
+    @traitlets.validate("expert")
+    def _is_expert(self, proposal: Any) -> int:
+        n_experts = self._trace.n_experts
+        return below("expert", int(proposal["value"]), n_experts, "the bank has", none=True)
 
     @traitlets.observe("bank")
     def _other_bank(self, _change: Any) -> None:

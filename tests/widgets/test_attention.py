@@ -169,6 +169,11 @@ def test_refusals(trace, view):
     with pytest.raises(ValueError, match="layer=7"):
         view.layer = 7
     assert view.layer == 2
+    n_keys = len(view.tokens["texts"])
+    for name in ("token", "probe"):
+        with pytest.raises(ValueError, match=rf"{name}=77: .* keys 0\.\.{n_keys - 1}, or -1"):
+            setattr(view, name, 77)
+        assert getattr(view, name) == -1
     without = el.load("tiny-text").run("In", keep="routing").trace
     with pytest.raises(ValueError, match='keep="attention"'):
         widgets.explore_attention(without)

@@ -165,6 +165,18 @@ def test_errors_name_the_next_step(trace):
         explore_image(bare)
 
 
+def test_an_expert_or_choice_that_is_not_there_is_refused(trace):
+    view = explore_image(trace)
+    with pytest.raises(
+        ValueError, match=rf"expert=99: the bank has 0\.\.{trace.n_experts - 1}, or"
+    ):
+        view.expert = 99
+    with pytest.raises(ValueError, match=r"slot=2: the choices of a token are 0\.\.1"):
+        view.slot = 2
+    assert (view.expert, view.slot) == (-1, 0)
+    view.expert, view.slot = trace.n_experts - 1, 1
+
+
 def test_a_misspelt_name_is_not_set(trace):
     with pytest.raises(AttributeError, match="ImageExplorer has no 'layr', did you mean 'layer'"):
         explore_image(trace).layr = 2

@@ -135,6 +135,29 @@ def test_two_banks_are_never_in_one_map():
         view.bank = "audio"
 
 
+def test_a_token_or_expert_that_is_not_there_is_refused(trace):
+    view = explore_routing(trace)
+    with pytest.raises(ValueError, match=r"token=999: this sequence has tokens 0\.\.4$"):
+        view.token = 999
+    with pytest.raises(ValueError, match="token=-1"):
+        view.token = -1
+    with pytest.raises(ValueError, match=r"expert=99: the bank has 0\.\.15, or -1 for none"):
+        view.expert = 99
+    assert (view.token, view.expert) == (0, -1)
+    view.token, view.expert = 4, 15
+    view.expert = -1
+    assert view.detail["token"] == 4
+
+
+def test_another_sequence_with_fewer_tokens_takes_its_first():
+    texts = el.load("tiny-text").run(["And God said", "In"], keep="routing").trace
+    view = explore_routing(texts)
+    view.token = len(view.tokens["texts"]) - 1
+    assert view.token > 0
+    view.sequence = 1
+    assert view.token == view.detail["token"] == 0
+
+
 def test_token_texts_are_made_visible_and_stay_text():
     view = explore_routing(TextTrace(texts=HARD_TOKENS))
     json.dumps(view.tokens)
