@@ -51,6 +51,7 @@ from ernie_lab.session import (
     trace_of,
     warn_if_long,
     warn_if_silent,
+    with_its_warning,
 )
 from ernie_lab.sites import Tap, all_sites, idle
 from ernie_lab.trace.activation_cache import ActivationCache, CacheTap
@@ -197,6 +198,7 @@ class Lab:
             batch=batch,
             logits=out.logits,
             token_loss=out.token_loss,
+            counted=out.counted,
             loss=out.loss,
             aux_loss=out.aux_loss,
             aux_loss_transformers=out.aux_loss_transformers,
@@ -329,8 +331,7 @@ class Lab:
         batch = self.prepare(prompt, chat, images=images, videos=videos)
         sites = all_sites(self.model)
         chosen = cached_sites(names_filter, sites)
-        what = Keep.of(chosen, sites)
-        sizes = sizes_of(self, what, batch, grad=incl_bwd)
+        sizes = sizes_of(self, Keep.of(chosen, sites), batch, grad=incl_bwd)
         require_budget(sizes, max_bytes, device=str(self.device))
         tap = CacheTap(chosen, grad=incl_bwd)
         out = self._forward(batch, tap, None, "all", incl_bwd)
@@ -379,7 +380,8 @@ class Lab:
     ) -> Forward:
         vocab = self.config.decoder.vocab_size
         labels_BS = None if labels is None else aligned_labels(labels, batch, vocab)
-        return forward(model or self.model, batch, tap, labels=labels_BS, logits=logits, grad=grad)
+        out = forward(model or self.model, batch, tap, labels=labels_BS, logits=logits, grad=grad)
+        return with_its_warning(out, batch, tap)
 
     def close(self) -> None:
         """End the processes that hold parts of this model (`placement="ep:N"`), if there are any.

@@ -25,7 +25,8 @@ class Run:
 
     `logits` `[b s v]` (`[b 1 v]` under `logits="last"`, None under `"loss"`); padding is on the
     left, `mask` `[b s]` is True on real tokens. `token_loss` `[b s]`: nats of token s given
-    those before it, NaN where nothing is predicted. `loss` is its mean, cross-entropy alone.
+    those before it, NaN where nothing is predicted; `counted` `[b s]` is True on the others.
+    `loss` is their mean, cross-entropy alone; NaN where one of them is.
     `aux_loss` is on transformers' scale (balanced = k) from the experts really chosen: one value,
     or in a vision-language model one for each bank. `aux_loss_transformers` is the bias-blind
     value that transformers reports, with both banks in one column.
@@ -34,6 +35,7 @@ class Run:
     batch: Batch
     logits: Tensor | None
     token_loss: Tensor | None
+    counted: Tensor | None
     loss: Tensor | None
     aux_loss: Tensor | dict[str, Tensor] | None
     aux_loss_transformers: Tensor | None

@@ -19,7 +19,7 @@ from torch import Tensor
 from ernie_lab.checkpoint.config import DynamicScaling, ModelConfig
 from ernie_lab.checkpoint.packing import quantised_details
 from ernie_lab.inference.defaults import GenerationDefaults
-from ernie_lab.inference.forward import Forward
+from ernie_lab.inference.forward import Forward, LossNotFiniteWarning, not_finite
 from ernie_lab.inference.generate import LogitsProcessor, Settings, decode
 from ernie_lab.inference.writer import Piece, Writer
 from ernie_lab.inputs import Batch, Tokenizer
@@ -33,7 +33,7 @@ from ernie_lab.model.router import Router
 from ernie_lab.model.stack import block_list
 from ernie_lab.model.text import TextModel
 from ernie_lab.results import Generation
-from ernie_lab.sites import Site, all_sites, filtered, idle, select
+from ernie_lab.sites import Site, Tap, all_sites, filtered, idle, select
 from ernie_lab.trace.budget import estimate_bytes, require_budget
 from ernie_lab.trace.keep import Keep, Names
 from ernie_lab.trace.provenance import Provenance
@@ -319,6 +319,26 @@ def warn_if_silent(tap: EditTap) -> None:
     for count in tap.counts:
         if count.n_fired == 0:
             warnings.warn(f"{count.edit!r} was never called", EditChangedNothingWarning, 3)
+
+
+def with_its_warning(out: Forward, batch: Batch, tap: Tap) -> Forward:
+    """Say if NaN or infinity reached a prediction that counts, and what was edited."""
+    if out.counted is None or out.token_loss is None or out.loss is None:
+        return out
+    bad_BS = out.counted & ~out.token_loss.isfinite()
+    if not bool(bad_BS.any()):
+        return out
+    sequence, column = bad_BS.nonzero()[0].tolist()
+    pos = column - (bad_BS.shape[1] - batch.lengths[sequence])
+    told = not_finite(int(bad_BS.sum()), int(out.counted.sum()), sequence, pos)
+    edits = [repr(count.edit) for count in tap.counts] if isinstance(tap, EditTap) else []
+    why = f"edits: {'; '.join(edits)}" if edits else "nothing was edited"
+    warnings.warn(
+        f'{told}, so loss={out.loss.item():g}; {why}. keep="residual" shows where it begins',
+        LossNotFiniteWarning,
+        stacklevel=4,
+    )
+    return out
 
 
 def as_hooks(forward: Hooks, backward: Hooks) -> tuple[list[Edit], list[BackwardHook]]:

@@ -6,7 +6,7 @@ import os
 import warnings
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -27,6 +27,7 @@ from ernie_lab.experiments.noise import Variant, sampled, variants
 from ernie_lab.experiments.parts import Parts
 from ernie_lab.experiments.passages import Continuations, Passages, Rows, require_lab
 from ernie_lab.experiments.work import Work
+from ernie_lab.inference.forward import LossNotFiniteWarning, not_finite
 from ernie_lab.inputs import Prompt
 from ernie_lab.inputs.visual_layout import BANKS
 from ernie_lab.interventions import EditChangedNothingWarning
@@ -51,10 +52,13 @@ from ernie_lab.session import config_hash
 from ernie_lab.trace.keep import Names
 from ernie_lab.trace.provenance import Provenance
 
+if TYPE_CHECKING:
+    import pandas as pd
+
 # The logits of two runs and what their losses take, at the same time.
 _LOGITS_AT_ONCE, _BYTES_ON_CPU, _MOST_TOKENS = 3, 1_000_000_000, 4096
 # Of what is saved in parts; another number makes old parts unknown.
-SCHEMA = 1
+SCHEMA = 2
 
 
 def compare(
@@ -93,7 +97,8 @@ def compare(
 
     Each comes with a paired bootstrap over documents and with the noise floor: the 95th
     percentile of the same metric over `noise` equivalent runs (other batches, padding, attention
-    kernel; same dtype). The floor is taken on at most `noise_tokens` tokens. On fewer tokens
+    kernel; same dtype). The floor is taken on whole batches, drawn at random, of
+    `noise_tokens` tokens at most in all, but on one at least, however large. On fewer tokens
     than the comparison has it is, if anything, too high.
 
     Args:
@@ -121,7 +126,9 @@ def compare(
         folder: where finished parts are saved. Calling again goes on from there; changed
             inputs are noticed and computed anew.
 
-    Warns `EditChangedNothingWarning` about edits that changed nothing in the whole comparison.
+    Warns `EditChangedNothingWarning` about edits that changed nothing in the whole comparison, and
+    `LossNotFiniteWarning` where a token that counts has a loss that is not finite. Where it is NaN
+    the condition has no averages.
     """
     require_lab(lab)
     named = named_conditions(conditions, controls or {})
@@ -143,6 +150,7 @@ def compare(
     settings = Settings(noise, noise_tokens, n_draws, seed, batch_tokens, folder, progress)
     kept = (keep,) if isinstance(keep, str) or not isinstance(keep, Iterable) else tuple(keep)
     found = compared(lab, named, passages, settings, own, kept)
+    warn_of_losses(found)
     warn_if_idle(found)
     return found
 
@@ -292,15 +300,39 @@ def warn_if_idle(found: Comparison, only: str | None = None) -> None:
             )
 
 
+def warn_of_losses(found: Comparison) -> None:
+    """Losses that are not finite: of the base run, and of conditions beyond these."""
+    for number, (name, rows) in enumerate(found.tokens.groupby("condition", sort=False)):
+        if not number:
+            warn_if_not_finite("the unedited model", rows, "loss_base")
+        edits = dict.fromkeys(found.edits.loc[found.edits["condition"] == name, "edit"])
+        whose = f" (edits: {'; '.join(edits)})" if edits else ""
+        warn_if_not_finite(f"condition {name!r}{whose}", rows, "loss", beyond="loss_base")
+
+
+def warn_if_not_finite(
+    who: str, tokens: pd.DataFrame, column: str, beyond: str | None = None
+) -> None:
+    """`beyond`: a column whose losses that are not finite were told of before."""
+    rows = tokens[tokens["counted"]]
+    bad = ~np.isfinite(rows[column])
+    if not (bad if beyond is None else bad & np.isfinite(rows[beyond])).any():
+        return
+    first = rows[bad].iloc[0]
+    told = not_finite(int(bad.sum()), len(rows), int(first["sequence"]), int(first["pos"]))
+    unknown = "; there are no averages over the others" if rows[column].isna().any() else ""
+    warnings.warn(f"{who}: {told}{unknown}", LossNotFiniteWarning, stacklevel=4)
+
+
 def _largest_change(found: Comparison, condition: str) -> float:
     """Of any logit where a counted token is predicted or answers were asked; NaN without these."""
-    tokens = found.tokens.loc[found.tokens["condition"] == condition, "logit_change"]
-    largest = float(tokens.max())
+    tokens = found.tokens[found.tokens["condition"] == condition]
+    changes = tokens.loc[tokens["counted"], "logit_change"].tolist()
     if "logit_diff" in found.sequences:
         rows = found.sequences[found.sequences["condition"] == condition]
-        change = float((rows["logit_diff"] - rows["logit_diff_base"]).abs().max())
-        return float(np.fmax(largest, change))
-    return largest
+        changes += (rows["logit_diff"] - rows["logit_diff_base"]).abs().tolist()
+    # Of NaN among them, NaN: what is no number is not known to be unchanged.
+    return float(np.max(changes)) if changes else float("nan")
 
 
 def batch_tokens_for(lab: Lab) -> int:

@@ -9,7 +9,12 @@ from typing import Any
 
 from ernie_lab.checkpoint import TextConfig
 from ernie_lab.checkpoint.packing import quantised_details
-from ernie_lab.experiments.comparing import SCHEMA, Settings, batch_tokens_for
+from ernie_lab.experiments.comparing import (
+    SCHEMA,
+    Settings,
+    batch_tokens_for,
+    warn_if_not_finite,
+)
 from ernie_lab.experiments.conditions import BatchRun, Metrics, Named, own_metrics
 from ernie_lab.experiments.lab_comparison import LabComparison
 from ernie_lab.experiments.measuring import Metric, Outcome, observe, routed_layers
@@ -97,7 +102,10 @@ def compare_labs(
     called = _names(a, b) if names is None else names
     _require_same(a, b, mine, theirs, called)
     how = Settings(noise, noise_tokens, n_draws, seed, batch_tokens, folder, progress)
-    return _compared(a, b, mine, theirs, how, own, called)
+    found = _compared(a, b, mine, theirs, how, own, called)
+    for name, column in zip(called, ("loss_a", "loss_b"), strict=True):
+        warn_if_not_finite(name, found.tokens, column)
+    return found
 
 
 def _compared(

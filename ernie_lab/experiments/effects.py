@@ -15,7 +15,7 @@ import numpy as np
 
 from ernie_lab.arguments import as_edits
 from ernie_lab.display import ranges
-from ernie_lab.experiments.comparing import Settings, compared, warn_if_idle
+from ernie_lab.experiments.comparing import Settings, compared, warn_if_idle, warn_of_losses
 from ernie_lab.experiments.conditions import BatchRun, Named, check_sites
 from ernie_lab.experiments.measuring import Array, routed_layers
 from ernie_lab.experiments.passages import Continuations, Passages, Rows, require_lab
@@ -154,6 +154,7 @@ def effects(
     )
     how = Settings(noise, noise_tokens, n_draws, seed, batch_tokens, folder, progress)
     found = compared(lab, named, passages, how, {}, (_WEIGHTS,) if routed_layers(lab) else ())
+    warn_of_losses(found)
     warn_if_idle(found, only=TOTAL)
     layers = {"frozen_layers": list(held), "exempt_layers": list(exempt)}
     return Effects.of(dataclasses.replace(found, settings={**found.settings, **layers}))
@@ -205,8 +206,10 @@ def _table(found: Comparison) -> pd.DataFrame:
     rows = []
     for measure, (table, column) in measures.items():
         frame = getattr(found, table)
+        known = found.conditions[column].notna()
         columns = {
-            str(name): part[column].to_numpy(dtype=float)
+            # What has no average there has none here.
+            str(name): np.where(known[name], part[column].to_numpy(dtype=float), np.nan)
             for name, part in frame.groupby("condition", sort=False)
         }
         one = frame[frame["condition"] == TOTAL]

@@ -137,7 +137,9 @@ class LabComparison:
         )
 
     def _head(self) -> str:
-        n = int(self.tokens["loss_a"].notna().sum())
+        # Tables saved before `counted` was have only what was finite.
+        counted = self.tokens.get("counted", self.tokens["loss_a"].notna())
+        n = int(counted.sum())
         return (
             f"LabComparison, {n} predicted tokens of {self.tokens['document'].nunique()} "
             f"documents. a: {self.names[0]} [{self.a.line()}]; b: {self.names[1]} [{self.b.line()}]"
@@ -175,7 +177,7 @@ def _summary(
 
     rows = {}
     for side, name in zip(_SIDES, ("loss_base", "loss"), strict=True):
-        found = estimate(measured.tokens[name], layout.document_N, draws)
+        found = estimate(measured.whole(name), layout.document_N, draws)
         rows[f"loss_{side}"] = (found, [np.nan, np.nan])
     for name, found in estimates(measured, layout, draws).items():
         rows[name] = (found, [floor.get(name, np.nan) for floor in floors_of])

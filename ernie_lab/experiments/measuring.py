@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ernie_lab.experiments.passages import Passage, answers_of
+from ernie_lab.inference.forward import LossNotFiniteWarning
 from ernie_lab.inputs import Batch
 from ernie_lab.inputs.visual_layout import BANKS
 from ernie_lab.interventions import Edit, EditChangedNothingWarning
@@ -80,7 +81,8 @@ def observe(
     kept: list[Any] = [*keep, *(["blocks.*.moe.*expert_ids"] if layers else [])]
     with _kernel(kernel), warnings.catch_warnings():
         # Said once, of the whole comparison.
-        warnings.simplefilter("ignore", EditChangedNothingWarning)
+        for said in (EditChangedNothingWarning, LossNotFiniteWarning):
+            warnings.simplefilter("ignore", said)
         warnings.filterwarnings("ignore", message="the text reaches")
         run = lab.run(prompts, edits=edits, labels=labels, keep=kept, **pictures)
     n_tokens = sum(len(passage.ids) for passage in passages)
@@ -127,9 +129,11 @@ def measure(
     assert edited.run.logits is not None
     assert run.token_loss is not None
     assert edited.run.token_loss is not None
+    assert run.counted is not None
     real_BS = batch.mask
-    counted_BS = ~run.token_loss.isnan()
+    counted_BS = run.counted
     found: dict[str, Array] = {
+        "counted": counted_BS[real_BS].cpu().numpy(),
         "loss_base": run.token_loss[real_BS].float().cpu().numpy(),
         "loss": edited.run.token_loss[real_BS].float().cpu().numpy(),
     }
@@ -144,6 +148,9 @@ def measure(
         if pieces:
             value_BS[counted_BS.cpu()] = torch.cat(pieces).double().cpu()
         found[name] = value_BS[real_BS.cpu()].numpy()
+    # Of a row of NaN, argmax says where the NaN stands.
+    for name, loss in (("top1_base", "loss_base"), ("top1", "loss")):
+        found[name] = np.where(np.isnan(found[loss]), np.nan, found[name])
     agree = (found["top1"] == found["top1_base"]).astype(float)
     found["top1_agreement"] = np.where(np.isnan(found["kl"]), np.nan, agree)
     flips_L = [

@@ -78,6 +78,11 @@ class Passages:
             raise ValueError(
                 f"{len(documents)} documents for {len(ids)} prompts; name one for each"
             )
+        if answers is None and max(batch.lengths) < 2:
+            raise ValueError(
+                "no prompt has a second token, so nothing is predicted; give longer prompts, "
+                "continuations= or answers="
+            )
         passages = []
         for i, row in enumerate(ids):
             kept = (

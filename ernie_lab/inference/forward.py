@@ -27,17 +27,24 @@ LogitsWanted = Literal["all", "last", "loss"]
 _CHUNK = 512
 
 
+class LossNotFiniteWarning(UserWarning):
+    """A token that counts has a loss of NaN or infinity."""
+
+
 @dataclass(frozen=True, slots=True)
 class Forward:
     """`logits` `[b s v]` ("all"), `[b 1 v]` ("last") or None ("loss"); `token_loss` `[b s]`.
 
     `token_loss[b, s]` is the cross-entropy in nats of token s given those before it, NaN where
-    nothing was predicted: the first token, padding, pictures, and labels of -100. None under
-    "last". `aux_loss` is one value in a text model, one for each bank in a vision-language model.
+    nothing was predicted: the first token, padding, pictures, and labels of -100. `counted` is
+    True on the others. Both are None under "last". `loss` is the mean over all that is counted,
+    so NaN where one of these is. `aux_loss` is one value in a text model, one for each bank in a
+    vision-language model.
     """
 
     logits: Tensor | None
     token_loss: Tensor | None
+    counted: Tensor | None
     loss: Tensor | None
     aux_loss: Tensor | dict[str, Tensor] | None
     aux_loss_transformers: Tensor | None
@@ -68,18 +75,20 @@ def forward(
         if logits != "loss":
             last = hidden.normed_BSD if logits == "all" else hidden.normed_BSD[:, -1:]
             kept_BSV = model.unembed(last, tap)
-        token_loss = None
+        token_loss = counted_BS = loss = None
         if logits != "last":
             targets_BS = predicted(batch, batch.input_ids if labels is None else labels)
             token_loss = _token_loss(model, hidden, kept_BSV, targets_BS)
+            counted_BS = targets_BS != IGNORED
+            # By the targets: a loss may be NaN without being one that does not count.
+            loss = token_loss[counted_BS].mean()
         aux: Tensor | dict[str, Tensor] | None = None
         aux_transformers = None
         if hidden.routings:
             by_bank = hidden.aux_losses()
             aux = by_bank["text"] if isinstance(model, TextModel) else by_bank
             aux_transformers = hidden.aux_loss_transformers()
-        loss = None if token_loss is None else token_loss[~token_loss.isnan()].mean()
-    return Forward(kept_BSV, token_loss, loss, aux, aux_transformers)
+    return Forward(kept_BSV, token_loss, counted_BS, loss, aux, aux_transformers)
 
 
 def predicted(batch: Batch, labels_BS: Tensor) -> Tensor:
@@ -93,6 +102,15 @@ def predicted(batch: Batch, labels_BS: Tensor) -> Tensor:
     if batch.visual is not None:
         real_BS &= batch.visual.layout.modality_BS == 0
     return labels_BS.masked_fill(~real_BS, IGNORED)
+
+
+def not_finite(n: int, n_counted: int, sequence: int, pos: int) -> str:
+    """How many of the counted losses, and the first of them; `pos` without padding."""
+    have = "has" if n == 1 else "have"
+    return (
+        f"{n} of {n_counted} counted tokens {have} a loss that is not finite, the first at "
+        f"position {pos} of sequence {sequence}"
+    )
 
 
 def _token_loss(

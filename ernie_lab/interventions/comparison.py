@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ernie_lab.interventions.bootstrap import draws_of, estimate
-from ernie_lab.interventions.summary import BUILT_IN, exceeds
+from ernie_lab.interventions.summary import BUILT_IN, exceeds, lost
 from ernie_lab.interventions.tables import load_tables, save_tables
 from ernie_lab.trace.provenance import Provenance
 
@@ -37,9 +37,10 @@ class Comparison:
     - `conditions`: one row per condition. Each metric is an average over tokens (of its own kind
       over sequences) with `_low` and `_high`, the 95 % interval of a paired bootstrap over
       documents, and `_floor`, the 95th percentile of the same metric over equivalent runs.
+      All are NaN where a counted prediction is: there is no average over the others.
       An effect inside its floor is numerical noise. `n_fired`, `n_changed` are of all edits.
     - `tokens`: one row per condition and token. `loss`, `kl` and `top1_…` are of predicting this
-      token from those before it, NaN where nothing was counted; `flips` are of reading it.
+      token from those before it, NaN where it is not `counted`; `flips` are of reading it.
     - `sequences`: the same by sequence, and what has one value for each (`logit_diff`).
     - `routing`: set flips by layer, and by bank in a vision-language model.
     - `edits`: what each edit of each condition did, and after which others at the same sites.
@@ -171,7 +172,10 @@ def by_column(
     rows = []
     for group, part in tokens.groupby(columns, sort=False):
         document_N = part["document"].map(documents).to_numpy()
-        found = estimate(part[metric].to_numpy(dtype=float), document_N, draws)
+        values = part[metric].to_numpy(dtype=float)
+        # No average over the survivors.
+        values = np.full(len(values), np.nan) if lost(part).any() else values
+        found = estimate(values, document_N, draws)
         rows.append((*group, found.n, found.value, found.low, found.high))
     names = [*columns, "n_tokens", metric, f"{metric}_low", f"{metric}_high"]
     return pd.DataFrame(rows, columns=pd.Index(names))
@@ -180,6 +184,6 @@ def by_column(
 def metric_names(own: Mapping[str, Any]) -> None:
     """Raise where a metric of one's own takes the name of another column."""
     taken = {*BUILT_IN, "loss", "loss_base", "logit_diff", "top1", "top1_base", "condition"}
-    taken |= {"control", "sequence", "document", "pos", "id", "text", "bank", "content"}
+    taken |= {"control", "counted", "sequence", "document", "pos", "id", "text", "bank", "content"}
     if wrong := sorted(taken & own.keys()):
         raise ValueError(f"metrics {wrong} have names that the tables use; choose others")

@@ -25,7 +25,8 @@ def kl_divergence(
     """
     log_p_NV, log_q_NV = base_NV.float().log_softmax(-1), edited_NV.float().log_softmax(-1)
     p_NV = log_p_NV.exp()
-    return torch.where(p_NV > 0, p_NV * (log_p_NV - log_q_NV), 0.0).sum(-1)
+    # Not `p > 0`, which would say 0 of a NaN.
+    return torch.where(p_NV == 0, 0.0, p_NV * (log_p_NV - log_q_NV)).sum(-1)
 
 
 def at_predictors(

@@ -40,9 +40,10 @@ class EditFacts:
 class Measured:
     """One condition on every token N and sequence M, in reading order; NaN where undefined.
 
-    `tokens` holds loss_base, loss, kl, top1_base, top1, top1_agreement, logit_change (the largest
-    of any word) and metrics of one's own; `sequences` holds logit_diff_base and logit_diff where
-    answers were given, and metrics of one's own. `flips_LN` are set flips of each routed layer.
+    `tokens` holds counted (1 where a token is predicted and counts, by the targets, whatever the
+    loss), loss_base, loss, kl, top1_base, top1, top1_agreement, logit_change (the largest of any
+    word) and metrics of one's own; `sequences` holds logit_diff_base and logit_diff where answers
+    were given, and metrics of one's own. `flips_LN` are set flips of each routed layer.
     """
 
     name: str
@@ -51,6 +52,34 @@ class Measured:
     flips_LN: Array
     edits: tuple[EditFacts, ...] = ()
     control: bool = False
+
+    @property
+    def counted(self) -> Array:
+        return np.asarray(self.tokens["counted"] == 1)
+
+    @property
+    def lost(self) -> Array:
+        """Counted tokens whose change of loss is NaN: a prediction of either run is no number."""
+        lost_N = np.isnan(self.tokens["loss"] - self.tokens["loss_base"])
+        return np.asarray(self.counted & lost_N)
+
+    def whole(self, name: str) -> Array:
+        """A loss of every token; NaN throughout where one that counts is."""
+        values = self.tokens[name]
+        return _none_of(values) if np.isnan(values[self.counted]).any() else values
+
+    @property
+    def averaged_flips(self) -> Array:
+        return _none_of(self.flips_LN) if self.lost.any() else self.flips_LN
+
+    def averaged(self) -> dict[str, tuple[str, Array]]:
+        """`columns`, of NaN where the average would be one over the survivors."""
+        none = self.lost.any()
+        found = {}
+        for name, (per, values) in self.columns().items():
+            blank = none or (name == "logit_diff_change" and np.isnan(values).any())
+            found[name] = (per, _none_of(values) if blank else values)
+        return found
 
     def columns(self) -> dict[str, tuple[str, Array]]:
         """By metric: whether it has one value for each token or sequence, and the values."""
@@ -61,7 +90,7 @@ class Measured:
             found["logit_diff_change"] = ("sequence", change)
         if len(self.flips_LN):
             found["flips"] = ("token", self.flips_LN.mean(0))
-        known = {"loss_base", "loss", "logit_change", *_NOT_OWN}
+        known = {"counted", "loss_base", "loss", "logit_change", *_NOT_OWN}
         found |= {n: ("token", x) for n, x in self.tokens.items() if n not in known}
         known = {"logit_diff_base", "logit_diff"}
         return found | {n: ("sequence", x) for n, x in self.sequences.items() if n not in known}
@@ -89,13 +118,13 @@ def estimates(measured: Measured, layout: Layout, draws: Array) -> dict[str, Est
     """Each metric's average with its interval."""
     return {
         name: estimate(values, layout.document(per), draws)
-        for name, (per, values) in measured.columns().items()
+        for name, (per, values) in measured.averaged().items()
     }
 
 
 def averages(measured: Measured) -> dict[str, float]:
     """Each metric's average alone."""
-    return {name: _mean(values) for name, (_, values) in measured.columns().items()}
+    return {name: _mean(values) for name, (_, values) in measured.averaged().items()}
 
 
 def floor_of(metric: str, values: Floats | Sequence[float]) -> float:
@@ -131,16 +160,15 @@ def floors(noise: pd.DataFrame) -> dict[str, float]:
 def condition_row(
     measured: Measured, layout: Layout, draws: Array, floor: Mapping[str, float]
 ) -> dict[str, Any]:
-    loss, base = measured.tokens["loss"], measured.tokens["loss_base"]
-    counted_N = ~np.isnan(loss)
+    counted_N = measured.counted
     row: dict[str, Any] = {
         "control": measured.control,
         "n_tokens": int(counted_N.sum()),
         "n_documents": len(np.unique(layout.document_N[counted_N])),
         "n_fired": sum(edit.n_fired for edit in measured.edits),
         "n_changed": sum(edit.n_changed for edit in measured.edits),
-        "loss_base": _mean(base),
-        "loss": _mean(loss),
+        "loss_base": _mean(measured.whole("loss_base")),
+        "loss": _mean(measured.whole("loss")),
     }
     for name, found in estimates(measured, layout, draws).items():
         row |= {
@@ -157,7 +185,7 @@ def routing_rows(
 ) -> list[dict[str, Any]]:
     """Set flips of each layer, and of each bank's tokens, with interval and floor."""
     rows = []
-    for layer, flips_N in zip(layout.layers, measured.flips_LN, strict=True):
+    for layer, flips_N in zip(layout.layers, measured.averaged_flips, strict=True):
         for bank, here_N in _by_bank(layout):
             found = estimate(np.where(here_N, flips_N, np.nan), layout.document_N, draws)
             rows.append(
@@ -178,7 +206,7 @@ def routing_rows(
 def flips_by_layer(measured: Measured, layout: Layout) -> dict[tuple[int, str], float]:
     return {
         (layer, bank): _mean(np.where(here_N, flips_N, np.nan))
-        for layer, flips_N in zip(layout.layers, measured.flips_LN, strict=True)
+        for layer, flips_N in zip(layout.layers, measured.averaged_flips, strict=True)
         for bank, here_N in _by_bank(layout)
     }
 
@@ -187,10 +215,11 @@ def token_rows(measured: Measured, layout: Layout) -> pd.DataFrame:
     """One row for each token of a condition."""
     table = layout.tokens.copy()
     table.insert(0, "condition", measured.name)
+    table["counted"] = measured.counted
     table["loss_base"], table["loss"] = measured.tokens["loss_base"], measured.tokens["loss"]
     table["loss_change"] = table["loss"] - table["loss_base"]
     for name, values in measured.tokens.items():
-        if name not in ("loss_base", "loss"):
+        if name not in ("counted", "loss_base", "loss"):
             table[name] = values
     if len(measured.flips_LN):
         table["flips"] = measured.flips_LN.mean(0)
@@ -204,12 +233,26 @@ def sequence_rows(measured: Measured, layout: Layout) -> pd.DataFrame:
     table = layout.sequences.copy()
     table.insert(0, "condition", measured.name)
     sequence_N = layout.tokens["sequence"].to_numpy()
+    lost_M = np.isin(np.arange(len(table)), sequence_N[measured.lost])
     for name, (per, values) in measured.columns().items():
-        table[name] = values if per == "sequence" else _means(values, sequence_N, len(table))
+        if per == "token":
+            values = np.where(lost_M, np.nan, _means(values, sequence_N, len(table)))
+        table[name] = values
     for name in ("logit_diff_base", "logit_diff"):
         if name in measured.sequences:
             table[name] = measured.sequences[name]
     return table
+
+
+def lost(tokens: pd.DataFrame) -> NDArray[np.bool_]:
+    """`Measured.lost` of a table of tokens; of none in tables saved without `counted`."""
+    if "counted" not in tokens:
+        return np.zeros(len(tokens), dtype=bool)
+    return np.asarray(tokens["counted"].astype(bool) & tokens["loss_change"].isna())
+
+
+def _none_of(values: Array) -> Array:
+    return np.full(values.shape, np.nan)
 
 
 def _by_bank(layout: Layout) -> list[tuple[str, Array]]:
