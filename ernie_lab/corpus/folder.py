@@ -18,6 +18,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ernie_lab.trace.folders import holds, not_there, require_folder
+
 SCHEMA = "ernie_lab.routing/1"
 PLAN = "plan.json"
 _TEMPORARY = ".tmp-"
@@ -84,9 +86,10 @@ class Folder:
     def plan(self) -> dict[str, Any]:
         try:
             content = json.loads((self.path / PLAN).read_text(encoding="utf-8"))
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
+            saves = "RecordPlan(…).run()"
             raise CorpusError(
-                f"{self.path} is no recording: it has no {PLAN}; RecordPlan(…).run() makes one"
+                str(not_there(self.path, "a recording", PLAN, "el.RoutingStore", saves))
             ) from None
         except json.JSONDecodeError as error:
             raise CorpusError(f"{self.path / PLAN} is damaged: {error}") from None
@@ -96,16 +99,31 @@ class Folder:
             )
         return dict(content)
 
+    def require_free(self) -> None:
+        """Refuse a folder that holds anything but a recording; one just begun has no plan yet."""
+        try:
+            # Listed before the plan is looked for: another process may be beginning it.
+            units = [file.name for file in self.units.glob("*")]
+            there = {file.name for file in self.path.iterdir()} if self.path.is_dir() else set()
+            if (self.path / PLAN).exists():
+                return
+            require_folder(self.path)
+            if any(not name.startswith(_TEMPORARY) for name in there - {"units"}):
+                raise CorpusError(f"{self.path} {holds(self.path)}; name another folder")
+            if any(not name.startswith(_TEMPORARY) for name in units):
+                raise CorpusError(f"{self.path} has units but no {PLAN}; name another folder")
+        except OSError as error:
+            raise CorpusError(str(error)) from error
+
     def open(self, asked: Mapping[str, Any]) -> None:
         """Begin a recording, or go on with the one that is there if it was asked the same.
 
         `asked` is all that its numbers depend on.
         """
+        self.require_free()
         try:
             self.units.mkdir(parents=True, exist_ok=True)
             if not (self.path / PLAN).exists():
-                if self.committed():
-                    raise CorpusError(f"{self.path} has units but no {PLAN}; name another folder")
                 text = json.dumps({"schema": SCHEMA, **asked}, indent=1)
                 with suppress(FileExistsError):  # another process was first: compared below
                     write(self.path / PLAN, text.encode(), replace=False)

@@ -52,7 +52,7 @@ class RecordPlan:
     Args:
         model: a `Lab`, or what `el.load` takes.
         corpus: see `read_documents`.
-        folder: where units go; another plan in it is refused.
+        folder: where units go; another plan or other files in it are refused.
         unit_tokens: tokens of a unit, about: it ends with the window that reaches them. What is
             lost when killed is at most one unit.
         max_length: longer documents are read in pieces of this length, each without the text
@@ -151,7 +151,9 @@ class RecordPlan:
             raise ValueError(f"runner={runner!r} must be one of {', '.join(get_args(Runner))}")
         if runner != "ray" and (workers != 1 or gpus_per_worker):
             raise ValueError(f"workers and gpus_per_worker are of runner='ray', not {runner!r}")
-        lab, folder = self.lab(), Folder(Path(self.folder).expanduser())
+        folder = Folder(Path(self.folder).expanduser())
+        folder.require_free()  # before the weights are read
+        lab = self.lab()
         if runner == "torchrun" and is_over_ranks(lab.model):
             raise ValueError(
                 "runner='torchrun' gives each rank a model and units of its own, but this model is "

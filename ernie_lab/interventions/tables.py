@@ -6,19 +6,26 @@ Written beside their place and renamed into it, so that they are there whole or 
 from __future__ import annotations
 
 import json
-import shutil
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from ernie_lab.trace.folders import (
+    TABLES,
+    TABLES_OPEN,
+    holds,
+    not_there,
+    replacing,
+    require_replaceable,
+)
+
 if TYPE_CHECKING:
     import pandas as pd
 
 SCHEMA = 1
-_NUMBERS, _HEADER = "tables.npz", "tables.json"
+_NUMBERS, _HEADER = "tables.npz", TABLES
 
 
 class TablesFileError(ValueError):
@@ -28,10 +35,12 @@ class TablesFileError(ValueError):
 def save_tables(
     folder: Path, kind: str, tables: Mapping[str, pd.DataFrame], facts: Mapping[str, Any]
 ) -> Path:
-    """`facts` must be JSON. A folder that is not of this `kind` is not overwritten."""
+    """`facts` must be JSON. A folder that is not of this `kind`, or has other files too, is not
+    overwritten."""
     folder = folder.expanduser()
-    if folder.exists() and _header(folder, kind) is None:
-        raise FileExistsError(f"{folder} exists and is no saved {kind}; choose another name")
+    require_replaceable(folder, f"a saved {kind}", _HEADER, (_NUMBERS, _HEADER))
+    if (folder / _HEADER).exists() and _header(folder, kind) is None:
+        raise FileExistsError(f"{folder} {holds(folder)}, no {kind}; choose another name")
     columns: dict[str, Any] = {}
     numbers: dict[str, Any] = {}
     for name, table in tables.items():
@@ -46,18 +55,9 @@ def save_tables(
                 numbers[f"{name}/{place}"] = values.to_numpy()
             columns[name]["columns"].append(entry)
     header = {"format": f"ernie_lab {kind}", "schema": SCHEMA, "facts": facts, "tables": columns}
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    scratch = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
-    try:
-        new = scratch / "new"
-        new.mkdir()
+    with replacing(folder) as new:
         np.savez_compressed(new / _NUMBERS, **numbers)
         (new / _HEADER).write_text(json.dumps(header), encoding="ascii")
-        if folder.exists():
-            folder.replace(scratch / "old")
-        new.replace(folder)
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
     return folder
 
 
@@ -68,7 +68,8 @@ def load_tables(folder: Path, kind: str) -> tuple[dict[str, pd.DataFrame], dict[
     folder = folder.expanduser()
     header = _header(folder, kind)
     if header is None:
-        raise FileNotFoundError(f"{folder} is no saved {kind}: it has no fitting {_HEADER}")
+        opens = TABLES_OPEN.get(kind, "load")
+        raise not_there(folder, f"a saved {kind}", _HEADER, opens, "comparison.save(folder)")
     if header["schema"] > SCHEMA:
         raise TablesFileError(
             f"{folder} has schema {header['schema']}, this ernie_lab reads up to {SCHEMA}: "
@@ -95,7 +96,7 @@ def load_tables(folder: Path, kind: str) -> tuple[dict[str, pd.DataFrame], dict[
 def _header(folder: Path, kind: str) -> dict[str, Any] | None:
     try:
         header = json.loads((folder / _HEADER).read_text(encoding="ascii"))
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return None
     except ValueError as error:
         raise TablesFileError(f"{folder / _HEADER} is damaged: {error}") from error

@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import shutil
-import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +18,7 @@ from torch import Tensor
 
 from ernie_lab.inputs.media import Grid
 from ernie_lab.sites import Site
+from ernie_lab.trace.folders import not_there, replacing, require_replaceable
 from ernie_lab.trace.pictures import Picture, read_only
 from ernie_lab.trace.provenance import Provenance
 from ernie_lab.trace.recorded import Part, Recorded
@@ -33,6 +32,7 @@ if TYPE_CHECKING:
 SCHEMA = 3
 _PICTURE = ("sequence", "start", "kind", "grid", "original_size", "timestamps", "source")
 VALUES, HEADER = "values.safetensors", "trace.json"
+_WHAT = "a saved trace"
 
 
 class TraceFileError(ValueError):
@@ -41,45 +41,22 @@ class TraceFileError(ValueError):
 
 def save(trace: Trace, folder: Path, overwrite: bool) -> Path:
     folder = folder.expanduser()
-    if folder.exists():
-        if not overwrite:
-            raise FileExistsError(f"{folder} exists; choose another name or pass overwrite=True")
-        if not (folder / HEADER).is_file():
-            raise FileExistsError(f"{folder} is not a trace, so it is not overwritten")
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    scratch = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
-    try:
-        new = scratch / "new"
-        new.mkdir()
+    require_replaceable(folder, _WHAT, HEADER, (VALUES, HEADER))
+    if (folder / HEADER).exists() and not overwrite:
+        raise FileExistsError(f"{folder} exists; choose another name or pass overwrite=True")
+    with replacing(folder) as new:
         header, tensors = _packed(trace)
         save_file(tensors, new / VALUES)
         header["sha256"] = _sha256(new / VALUES)
         (new / HEADER).write_text(json.dumps(header, allow_nan=False), encoding="ascii")
-        _put(new, folder, aside=scratch / "old")
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
     return folder
-
-
-def _put(new: Path, folder: Path, aside: Path) -> None:
-    """Move `new` to `folder`; what was there goes aside, and back if the move fails."""
-    if folder.exists():
-        folder.replace(aside)
-    try:
-        new.replace(folder)
-    except BaseException:
-        if aside.exists() and not folder.exists():
-            aside.replace(folder)
-        raise
 
 
 def load(folder: Path) -> dict[str, Any]:
     """The fields of the `Trace` that was saved there."""
     folder = folder.expanduser()
     if not (folder / HEADER).is_file():
-        inside = sorted(file.parent.name for file in folder.glob(f"*/{HEADER}"))
-        way = f"in it are {', '.join(inside[:8])}" if inside else "trace.save(folder) writes one"
-        raise FileNotFoundError(f"{folder} is not a saved trace: it has no {HEADER}; {way}")
+        raise not_there(folder, _WHAT, HEADER, "el.Trace.load", "trace.save(folder)")
     try:
         header = json.loads((folder / HEADER).read_text(encoding="ascii"))
     except ValueError as error:

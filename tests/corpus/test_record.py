@@ -178,7 +178,7 @@ def test_trouble_with_the_disk_stops_at_once(lab, tmp_path, monkeypatch) -> None
         recorded(lab, tmp_path)
     assert RoutingStore(tmp_path).status().empty and not (tmp_path / "failed").exists()
     (tmp_path / "file").write_text("")
-    with pytest.raises(CorpusError, match="cannot be written to"):
+    with pytest.raises(CorpusError, match="file is a file; name a folder"):
         recorded(lab, tmp_path / "file")
 
 
@@ -322,7 +322,7 @@ def test_what_cannot_be_a_plan(lab, tmp_path) -> None:
     with pytest.raises(ValueError, match="is dense"):
         recorded(small_lab(moe=None), tmp_path)
     with pytest.raises(
-        CorpusError, match=r"is no recording: .* RecordPlan\(…\)\.run\(\) makes one"
+        CorpusError, match=r"there is no folder .*nothing; RecordPlan\(…\)\.run\(\) writes one"
     ):
         RoutingStore(tmp_path / "nothing")
     assert not (Path(tmp_path) / "units").exists()

@@ -95,6 +95,38 @@ def test_the_first_of_two_plans_stays(tmp_path) -> None:
     assert Folder(tmp_path).plan()["model"] == "one" and not list(tmp_path.glob(".tmp-*"))
 
 
+def test_a_folder_of_other_things_is_no_place_for_a_recording(lab, tmp_path) -> None:  # noqa: F811
+    """It is refused before the model is loaded, and nothing is written into it."""
+    trace = lab.run("the cat", keep="routing").trace
+    folder = trace.save(tmp_path / "trA")
+    (folder / "notes.txt").write_text("mine")
+    there = sorted(folder.rglob("*"))
+    work = el.RecordPlan(model="no-such-model", corpus=["a b c"], folder=folder)
+    with pytest.raises(CorpusError, match="trA holds a saved trace; name another folder"):
+        work.run(progress=False)
+    assert sorted(folder.rglob("*")) == there
+    (tmp_path / "c.txt").touch()
+    with pytest.raises(CorpusError, match=r"holds c\.txt, trA; name another folder"):
+        Folder(tmp_path).open({"model": "one"})
+    with pytest.raises(CorpusError, match=r"a recording: it holds a saved trace, which el\.Trace"):
+        RoutingStore(folder)
+    with pytest.raises(CorpusError, match=r"there is no folder .*nowhere"):
+        RoutingStore(tmp_path / "nowhere")
+
+
+def test_a_recording_that_is_just_begun_is_gone_on_with(tmp_path) -> None:
+    """A process was killed, or is at work, before it had written the plan."""
+    (tmp_path / "units").mkdir()
+    (tmp_path / "units/.tmp-x").touch()
+    (tmp_path / ".tmp-y.json").touch()
+    Folder(tmp_path).open({"model": "one"})
+    assert Folder(tmp_path).plan()["model"] == "one"
+    (tmp_path / "plan.json").unlink()
+    (tmp_path / "units/000000.parquet").touch()
+    with pytest.raises(CorpusError, match=r"has units but no plan\.json"):
+        Folder(tmp_path).open({"model": "one"})
+
+
 def test_a_corpus_that_is_not_there_leaves_no_folder(lab, tmp_path) -> None:  # noqa: F811
     for corpus in ("no-such.txt", tmp_path / "no-such.txt"):
         with pytest.raises(CorpusError, match="no such file or folder"):

@@ -1,12 +1,14 @@
 """Each statistic of a comparison on cases that can be done by hand."""
 
 import math
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
 
+import ernie_lab as el
 from ernie_lab.interventions.bootstrap import (
     basic_interval,
     centred_interval,
@@ -171,11 +173,47 @@ def test_tables_survive_a_file(tmp_path) -> None:
     assert facts == {"seed": 4}
     pd.testing.assert_frame_equal(tables["one"], table, check_dtype=False)
     pd.testing.assert_frame_equal(tables["two"], named, check_index_type=False)
-    with pytest.raises(FileNotFoundError, match="no saved other"):
+    with pytest.raises(FileNotFoundError, match="not a saved other: it holds a saved thing"):
         load_tables(tmp_path / "t", "other")
     (tmp_path / "t" / "tables.npz").write_bytes(b"cut")
     with pytest.raises(TablesFileError, match="damaged"):
         load_tables(tmp_path / "t", "thing")
+    with pytest.raises(FileExistsError, match="holds a saved thing, no other; choose"):
+        save_tables(tmp_path / "t", "other", {"one": table}, {})
+    (tmp_path / "t" / "parts").mkdir()
+    with pytest.raises(FileExistsError, match="besides a saved thing, parts, which would be lost"):
+        save_tables(tmp_path / "t", "thing", {"one": table}, {})
     (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "notes.txt").touch()
     with pytest.raises(FileExistsError, match="choose another name"):
         save_tables(tmp_path / "mine", "thing", {"one": table}, {})
+
+
+def test_a_failed_move_keeps_the_tables_that_were_there(tmp_path, monkeypatch) -> None:
+    table = pd.DataFrame({"n": [1]})
+    save_tables(tmp_path / "t", "thing", {"one": table}, {"seed": 3})
+    real = Path.replace
+
+    def failing(self: Path, target: Path) -> Path:
+        if self.name == "new":
+            raise OSError("the disk is full")
+        return real(self, target)
+
+    monkeypatch.setattr(Path, "replace", failing)
+    with pytest.raises(OSError, match="full"):
+        save_tables(tmp_path / "t", "thing", {"one": table}, {"seed": 4})
+    assert load_tables(tmp_path / "t", "thing")[1] == {"seed": 3}
+
+
+def test_a_comparison_and_a_trace_are_told_apart(tmp_path) -> None:
+    save_tables(tmp_path / "c", "comparison", {"one": pd.DataFrame({"n": [1]})}, {})
+    with pytest.raises(FileNotFoundError, match=r"a saved comparison, which el\.Comparison\.load"):
+        el.Trace.load(tmp_path / "c")
+    with pytest.raises(FileNotFoundError, match=r"which el\.Comparison\.load\('.*c'\) opens"):
+        el.LabComparison.load(tmp_path / "c")
+    (tmp_path / "t").mkdir()
+    (tmp_path / "t" / "trace.json").touch()
+    with pytest.raises(FileNotFoundError, match=r"holds a saved trace, which el\.Trace\.load"):
+        el.Comparison.load(tmp_path / "t")
+    with pytest.raises(FileNotFoundError, match=r"give its folder: el\.Comparison\.load"):
+        el.Comparison.load(tmp_path / "c" / "tables.json")

@@ -8,7 +8,7 @@ import pytest
 import torch
 from trace_driver import SITES, as_schema_2, drive, generation, one_step, provenance
 
-from ernie_lab.trace import storage
+from ernie_lab.trace import folders, storage
 from ernie_lab.trace.keep import Keep, keep
 from ernie_lab.trace.recorder import Recorder
 from ernie_lab.trace.storage import TraceFileError
@@ -55,7 +55,10 @@ def test_a_folder_of_traces_names_them(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"no trace.json; trace.save\(folder\) writes one"):
         Trace.load(tmp_path)
     generation("routing")[0].save(tmp_path / "run1")
-    with pytest.raises(FileNotFoundError, match=r"no trace\.json; in it are run1"):
+    with pytest.raises(FileNotFoundError, match=r"no trace\.json; did you mean .*/run1\?"):
+        Trace.load(tmp_path)
+    generation("routing")[0].save(tmp_path / "run2")
+    with pytest.raises(FileNotFoundError, match=r"no trace\.json; in it are run1, run2"):
         Trace.load(tmp_path)
 
 
@@ -86,20 +89,70 @@ def test_overwriting(tmp_path):
     other = tmp_path / "precious"
     other.mkdir()
     (other / "thesis.txt").write_text("x")
-    with pytest.raises(FileExistsError, match="not a trace"):
-        second.save(other, overwrite=True)
+    for overwrite in (False, True):
+        with pytest.raises(FileExistsError, match=r"holds thesis\.txt and is not a saved trace"):
+            second.save(other, overwrite=overwrite)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["precious", "run"]
 
 
-@pytest.mark.parametrize("failing", ["save_file", "_sha256", "_put"])
-def test_an_interrupted_save_leaves_what_was_there(tmp_path, monkeypatch, failing):
+def test_other_files_beside_a_trace_are_not_overwritten(tmp_path):
+    trace, _ = generation("routing")
+    folder = trace.save(tmp_path / "run")
+    (folder / "notes.txt").write_text("mine")
+    (folder / "units").mkdir()
+    for overwrite in (False, True):
+        with pytest.raises(FileExistsError, match=r"besides a saved trace, notes\.txt, units, "):
+            generation("embed")[0].save(folder, overwrite=overwrite)
+    same(Trace.load(folder), trace)
+    assert (folder / "notes.txt").read_text() == "mine"
+    assert [p.name for p in tmp_path.iterdir()] == ["run"], "no scratch left behind"
+
+
+def test_an_empty_folder_takes_a_trace(tmp_path):
+    (tmp_path / "run").mkdir()
+    trace, _ = generation("routing")
+    same(Trace.load(trace.save(tmp_path / "run")), trace)
+
+
+def test_a_file_is_no_place_for_a_trace(tmp_path):
+    trace, _ = generation("routing")
+    (tmp_path / "c.txt").write_text("mine")
+    for overwrite in (False, True):
+        with pytest.raises(FileExistsError, match=r"c\.txt is a file; name a folder$"):
+            trace.save(tmp_path / "c.txt", overwrite=overwrite)
+        with pytest.raises(FileExistsError, match=r"c\.txt is a file, so there can be no .*/t;"):
+            trace.save(tmp_path / "c.txt" / "t", overwrite=overwrite)
+    assert (tmp_path / "c.txt").read_text() == "mine"
+
+
+def test_what_is_loaded_in_place_of_a_trace_is_named(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    trace, _ = generation("routing")
+    trace.save("run")
+    with pytest.raises(FileNotFoundError, match=r"there is no folder nowhere in /.*trace\.save"):
+        Trace.load("nowhere")
+    with pytest.raises(FileNotFoundError, match=r"give its folder: el\.Trace\.load\('run'\)"):
+        Trace.load("run/trace.json")
+    (tmp_path / "c.txt").write_text("mine")
+    with pytest.raises(FileNotFoundError, match=r"c\.txt is a file; a saved trace is a folder"):
+        Trace.load("c.txt")
+    (tmp_path / "rec").mkdir()
+    (tmp_path / "rec" / "plan.json").write_text("{}")
+    with pytest.raises(FileNotFoundError, match=r"a recording, which el\.RoutingStore\('rec'\)"):
+        Trace.load("rec")
+
+
+@pytest.mark.parametrize(
+    ("room", "failing"), [(storage, "save_file"), (storage, "_sha256"), (folders, "put")]
+)
+def test_an_interrupted_save_leaves_what_was_there(tmp_path, monkeypatch, room, failing):
     trace, _ = generation("routing")
     trace.save(tmp_path / "run")
 
     def interrupt(*_args, **_options):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(storage, failing, interrupt)
+    monkeypatch.setattr(room, failing, interrupt)
     with pytest.raises(KeyboardInterrupt):
         generation("embed")[0].save(tmp_path / "run", overwrite=True)
     monkeypatch.undo()
@@ -111,7 +164,7 @@ def test_a_failed_move_puts_the_old_one_back(tmp_path):
     trace, _ = generation("routing")
     folder = trace.save(tmp_path / "run")
     with pytest.raises(FileNotFoundError):
-        storage._put(tmp_path / "absent", folder, aside=tmp_path / "aside")
+        folders.put(tmp_path / "absent", folder, aside=tmp_path / "aside")
     same(Trace.load(folder), trace)
 
 
@@ -136,7 +189,7 @@ def test_damage(tmp_path):
     def fresh():
         trace.save(folder, overwrite=True)
 
-    with pytest.raises(FileNotFoundError, match="not a saved trace"):
+    with pytest.raises(FileNotFoundError, match="there is no folder"):
         Trace.load(tmp_path / "nothing")
     fresh()
     damaged(folder, schema=4)
