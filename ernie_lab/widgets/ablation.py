@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import html
-import math
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Any
@@ -253,7 +252,7 @@ class AblationExplorer:
         here = float(kl[self.position])
         figures = {
             "loss, text tokens": f"{base:.3f} → {edited:.3f} nats ({edited - base:+.3f})"
-            if math.isfinite(base)
+            if bool(change.counted.any())
             else "one token: nothing is predicted",
             "KL(intact || edited), here": f"{here:.3g} nats",
             "KL, mean over all tokens": f"{float(kl.mean()):.3g} nats",

@@ -143,15 +143,20 @@ class Change:
         return [(repr(count.edit), count.n_fired, count.n_changed) for count in edits]
 
     @property
+    def counted(self) -> torch.Tensor:
+        """The tokens of text that are predicted, `[s]`."""
+        words_S = torch.tensor((self.text.trace.tokens["content"] == "text").to_numpy(copy=True))
+        counted_S: torch.Tensor = self.text.base.counted[0].cpu()
+        return words_S & counted_S
+
+    @property
     def losses(self) -> tuple[float, float]:
         """Mean loss in nats over the tokens of text, intact and edited; NaN of a single token.
 
         Places of pictures do not count: no model learns to predict them.
         """
-        words_S = torch.tensor((self.text.trace.tokens["content"] == "text").to_numpy(copy=True))
         both = [run.token_loss[0].float().cpu() for run in (self.text.base, self.run)]
-        counted = words_S & both[0].isfinite()
-        base, edited = (float(loss_S[counted].mean()) for loss_S in both)
+        base, edited = (float(loss_S[self.counted].mean()) for loss_S in both)
         return base, edited
 
     def kl(self) -> torch.Tensor:
