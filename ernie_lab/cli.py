@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
+import re
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
+from ernie_lab import __version__
 from ernie_lab.checkpoint import (
     CheckpointError,
     ConfigError,
@@ -22,15 +25,18 @@ from ernie_lab.checkpoint.config_json import CONFIG_NAME
 from ernie_lab.checkpoint.quantise import Scheme
 from ernie_lab.corpus.folder import CorpusError
 from ernie_lab.lab import Lab
+from ernie_lab.loading import DTYPES
 from ernie_lab.organisms.builtin import BUILTIN, BuiltinError
 from ernie_lab.sites import SiteError
 from ernie_lab.trace.budget import TraceTooLarge
+from ernie_lab.trace.folders import require_folder
 
 if TYPE_CHECKING:
     import torch
 
 # Tokens of a sequence in a memory plan, unless said.
 _CONTEXT = 4096
+_COMMA = r",(?![^\[\]]*\])"
 # Errors that say what to do; anything else is a bug and shows its traceback.
 EXPECTED = (
     BuiltinError,
@@ -43,6 +49,7 @@ EXPECTED = (
     TraceTooLarge,
     FileExistsError,
     ImportError,
+    PermissionError,
     ValueError,
 )
 
@@ -52,15 +59,31 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     try:
         options.command(options)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        return _without_reader()
     except EXPECTED as error:
         print(f"ernie-lab: {error}", file=sys.stderr)
         return 2
     return 0
 
 
+def _without_reader() -> int:
+    """The status of a command whose pipe was closed, as by `head`: what SIGPIPE would give it."""
+    try:
+        print(flush=True)
+    except BrokenPipeError:
+        # What is still unwritten goes nowhere, or Python complains about it at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+    raise  # some other pipe, such as a worker's
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="ernie-lab", description=__doc__)
-    commands = parser.add_subparsers(required=True, metavar="command")
+    parser.add_argument("--version", action="version", version=f"ernie-lab {__version__}")
+    parser.set_defaults(command=lambda _: parser.print_help())
+    commands = parser.add_subparsers(metavar="command")
 
     demo = commands.add_parser("demo", help="look at the built-in model's routing")
     demo.add_argument("--out", type=Path, default=Path("out"), help="folder for the report")
@@ -75,7 +98,10 @@ def _parser() -> argparse.ArgumentParser:
     plan.add_argument("--devices", help="80GB, 8x80GB, 2x24GiB, or groups: 4x80GB,2x24GB")
     plan.add_argument("--context", type=int, help=f"tokens of a sequence (default: {_CONTEXT})")
     plan.add_argument("--batch", type=int, help="sequences at once (default: 1)")
-    plan.add_argument("--dtype", help="of weights and activations (default: the checkpoint's)")
+    plan.add_argument(
+        "--dtype",
+        help=f"of weights and activations: {', '.join(DTYPES)} (default: the checkpoint's)",
+    )
     plan.add_argument(
         "--quantize",
         choices=get_args(Scheme),
@@ -90,7 +116,9 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("--image", action="append", help="a picture; may be repeated")
     run.add_argument("--video", action="append", help="a clip; may be repeated")
     run.add_argument(
-        "--keep", action="append", help="group, path or glob; may be repeated (default: routing)"
+        "--keep",
+        action="append",
+        help="groups, paths or globs, with commas, or repeated (default: routing)",
     )
     run.add_argument("--out", type=Path, required=True, help="folder for trace and report")
     run.add_argument("--max-new-tokens", type=int, default=0, help="0: one forward pass")
@@ -103,7 +131,11 @@ def _parser() -> argparse.ArgumentParser:
         "record", help="record the routing of a corpus; run again, it goes on where it stopped"
     )
     record.add_argument("source", help="built-in name, folder or hub id")
-    record.add_argument("corpus", type=Path, help=".txt, .jsonl, .parquet, or a folder of these")
+    record.add_argument(
+        "corpus",
+        type=Path,
+        help=".txt (one document), .jsonl (one a line), .parquet (one a row), or a folder of these",
+    )
     record.add_argument("--out", type=Path, required=True, help="folder of the recording")
     record.add_argument("--rows", choices=["ids", "ids+weights"], help="also a row per token")
     record.add_argument("--unit-tokens", type=int, default=100_000, help="committed as one")
@@ -124,7 +156,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def _add_loading(command: argparse.ArgumentParser) -> None:
     command.add_argument("--device", help="cpu, cuda, cuda:1 …")
-    command.add_argument("--dtype", help="float32, bfloat16, float16")
+    command.add_argument("--dtype", help=", ".join(DTYPES))
     command.add_argument("--quantize", choices=get_args(Scheme), help="weights in few bits")
     command.add_argument("--placement", help="auto: over all devices; stream: from disk; ep:N")
     command.add_argument("--revision", help="branch, tag or commit on the hub")
@@ -197,8 +229,6 @@ def _planned_dtype(options: argparse.Namespace, folder: Path) -> torch.dtype:
     """As `load` would choose it, without weights to look at: then bfloat16."""
     import torch
 
-    from ernie_lab.loading import DTYPES
-
     fields = json.loads((folder / CONFIG_NAME).read_text(encoding="utf-8"))
     own = fields.get("dtype") or fields.get("torch_dtype") or "bfloat16"
     name = options.dtype or ("float32" if options.source in BUILTIN else own)
@@ -258,10 +288,16 @@ def _record(options: argparse.Namespace) -> None:
 def _run(options: argparse.Namespace) -> None:
     from ernie_lab.plots.trace_report import Reported, reportable, routing_report
 
-    if (options.out / "trace").exists():
-        raise FileExistsError(f"{options.out / 'trace'} exists already; choose another --out")
+    require_folder(options.out)
+    for place in (options.out / "trace", options.out / "report.html"):
+        if place.exists():
+            raise FileExistsError(f"{place} exists already; choose another --out")
+    if options.max_new_tokens < 0:
+        raise ValueError(
+            f"--max-new-tokens {options.max_new_tokens} must be 0 (one forward pass) or more"
+        )
+    keep, generated = _keep(options), None
     lab = _load(options)
-    keep, generated = options.keep or ["routing"], None
     if options.max_new_tokens:
         gen = lab.generate(
             options.prompt,
@@ -286,3 +322,18 @@ def _run(options: argparse.Namespace) -> None:
             {"Prompt": Reported(lab.model_id, trace, generated)},
         )
         print(f"report: {report}")
+    elif trace.banks:
+        print(
+            "report: none, for it shows the whole routing, and this was kept: "
+            f"{', '.join(keep)}; add --keep routing"
+        )
+    else:
+        print("report: none, for it shows routing, and this model has no experts")
+
+
+def _keep(options: argparse.Namespace) -> list[str]:
+    """Names as they were given, one by one; a comma in the brackets of a glob cuts nothing."""
+    given = [n.strip() for one in options.keep or ["routing"] for n in re.split(_COMMA, one)]
+    if not all(given):
+        raise ValueError(f"--keep {','.join(options.keep)!r} has an empty name in it")
+    return given

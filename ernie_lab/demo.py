@@ -8,6 +8,7 @@ from typing import Any
 
 from ernie_lab.loading import load
 from ernie_lab.plots.trace_report import Reported, routing_report
+from ernie_lab.trace.folders import require_folder
 
 TEXTS = {
     "English": "And God said unto him, Behold, I will give thee the land, and thou shalt",
@@ -23,6 +24,7 @@ def demo(out: Path, source: str = "tiny-text") -> list[Path]:
     The notebook is executed only from a checkout of the repository, where it stands.
     """
     started = time.perf_counter()
+    require_folder(out)
     out.mkdir(parents=True, exist_ok=True)
     lab = load(source)
     print(lab, end="\n\n")
@@ -34,6 +36,10 @@ def demo(out: Path, source: str = "tiny-text") -> list[Path]:
     written = [routing_report(out / "report.html", f"Expert routing in {source}", texts)]
     if NOTEBOOK.is_file():
         written.append(executed(NOTEBOOK, out / NOTEBOOK.name))
+    else:
+        print(
+            f"\nno notebook was written: {NOTEBOOK} is not here, but in a clone of the repository"
+        )
     print(f"\ndone in {time.perf_counter() - started:.0f} s; open in a browser or in JupyterLab:")
     for path in written:
         print(f"  {path.resolve()}")

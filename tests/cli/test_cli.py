@@ -1,6 +1,8 @@
 """The command line, as a user calls it."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -137,6 +139,8 @@ def test_no_report_of_half_a_routing(tmp_path: Path) -> None:
         (["run", "tiny-text", "a", "--device", "gpu", "--out", "x"], "device='gpu' is not on this"),
         (["info", "tiny_txt"], "nearest: 'tiny-text'"),
         (["info", "tiny-text", "--revision", "v2"], "has no revision; drop revision="),
+        (["run", "x", "a", "--max-new-tokens", "-1", "--out", "x"], "-1 must be 0 (one forward"),
+        (["run", "x", "a", "--keep", "routing,", "--out", "x"], "has an empty name in it"),
         (["info", ""], "source='' is empty"),
         (["record", "c.jsonl", "tiny-text", "--out", "x"], "the model comes first, then the"),
     ],
@@ -219,3 +223,51 @@ def test_record_pictures(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
     assert main([*record[:-1], str(tmp_path / "q")]) == 2
     said = capsys.readouterr().err
     assert "c.jsonl, line 1 cannot be read" in said and "seen/blue.png: no such file" in said
+
+
+def test_without_a_command_there_is_help(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([]) == 0
+    assert "usage: ernie-lab" in capsys.readouterr().out
+    with pytest.raises(SystemExit) as stopped:
+        main(["--version"])
+    assert stopped.value.code == 0
+    assert capsys.readouterr().out == f"ernie-lab {el.__version__}\n"
+
+
+@pytest.mark.parametrize(
+    "command", [["run", "no-such-model", "a"], ["demo"], ["record", "no-such-model", "c.jsonl"]]
+)
+def test_a_file_is_no_out(
+    command: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It is refused before a model is looked for."""
+    (tmp_path / "c.txt").write_text("mine")
+    main([*command, "--out", str(tmp_path / "c.txt")])
+    assert "c.txt is a file; name a folder" in capsys.readouterr().err
+    assert (tmp_path / "c.txt").read_text() == "mine"
+
+
+def test_a_report_is_not_overwritten(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "report.html").write_text("mine")
+    assert main(["run", "no-such-model", "And", "--out", str(tmp_path)]) == 2
+    assert "report.html exists already; choose another --out" in capsys.readouterr().err
+
+
+def test_keep_with_commas(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = ["run", "tiny-text", "And", "--keep"]
+    assert main([*run, "routing, blocks.[1,2].attn.pattern", "--out", str(tmp_path / "a")]) == 0
+    trace = el.Trace.load(tmp_path / "a" / "trace")
+    assert "blocks.2.attn.pattern" in trace.sites and "blocks.3.moe.expert_ids" in trace.sites
+    assert (tmp_path / "a" / "report.html").exists()
+    capsys.readouterr()
+    assert main([*run, "attention", "--out", str(tmp_path / "b")]) == 0
+    assert "this was kept: attention; add --keep routing" in capsys.readouterr().out
+
+
+def test_a_closed_pipe_is_no_crash() -> None:
+    command = [sys.executable, "-m", "ernie_lab", "info", "tiny-text", "--sites"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout is not None and process.stderr is not None
+        process.stdout.close()
+        assert process.stderr.read() == b""
+        assert process.wait() == 141
