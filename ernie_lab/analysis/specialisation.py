@@ -87,13 +87,12 @@ class Specialisation:
     @property
     def above_in_words(self) -> str:
         """What is above which null: "above 95 % of … in layers 2..5; above … in layer 2"."""
-        many = "s" if self.n_twins > 1 else ""
-        twins = (
-            f"above {'all ' if many else ''}{self.n_twins} untrained twin{many} in "
-            f"{_in_words(self.above_twins)}"
-            if self.n_twins
-            else "untrained twins were not asked"
+        n = self.n_twins
+        who = {1: "the untrained twin", 2: "both untrained twins"}.get(
+            n, f"all {n} untrained twins"
         )
+        mine = f"above {who} in {_in_words(self.above_twins)}"
+        twins = mine if n else "untrained twins were not asked"
         redrawn = f"above 95 % of the redrawn routers of both kinds in {_in_words(self.above)}"
         return f"{redrawn}; {twins}"
 
@@ -126,8 +125,8 @@ class Specialisation:
                 f"{self.n_documents} documents",
                 shown.to_string(),
                 f"norm, variance: {self.n_redrawn} redrawn routers each, fitted to the learned "
-                f"load on {self.n_fitted:,} other tokens; percentiles: how many of 100 tell less, "
-                f"of norm and variance. Permuted: {self.by}.{few_drawn(self.n_documents)}",
+                f"load on {self.n_fitted:,} other tokens; percentiles: the percent of them that "
+                f"tell less, norm and variance. Permuted: {self.by}.{few_drawn(self.n_documents)}",
                 f"{self.above_in_words[0].upper()}{self.above_in_words[1:]}.",
             ]
         )

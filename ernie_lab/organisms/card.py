@@ -159,8 +159,9 @@ LIMITS = """\
 
 May be said: this is ERNIE 4.5's architecture and forward pass, checked against transformers;
 its routing was learned and is balanced by the correction bias; in layers 2 to 5 it carries more
-domain information than redrawn routers, in layer 1 it does not; in this model, switching off
-expert X costs domain Y so many nats.
+domain information than redrawn routers, in layer 1 it does not (of two untrained twins, which
+read states of their own, one tells more in layers 3 to 5: notebook 07, on other, shorter texts);
+in this model, switching off expert X costs domain Y so many nats.
 
 Must not be said: that Baidu's models specialise this way; that an expert *is* the expert of
 something; that information between experts and domains is function (redrawn routers have two to

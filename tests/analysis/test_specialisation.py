@@ -185,7 +185,7 @@ def test_of_a_trace(trace) -> None:
     most = twin.groupby("layer")["bits"].max()
     assert found.n_twins == 2 and (table["untrained_max"] == most).all()
     assert found.above_twins == tuple(table.index[table["bits"] > most])
-    assert "above all 2 untrained twins in " in text.splitlines()[-1]
+    assert "above both untrained twins in " in text.splitlines()[-1]
     assert text.splitlines()[-1].startswith("Above 95 % of the redrawn routers of both kinds in ")
     gates = {layer: router.weight_ED for layer, router in LAB.model.routers().items()}
     again = specialisation(trace, case_of(trace), gates, label="case", untrained=twins, **how)

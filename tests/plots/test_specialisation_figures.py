@@ -62,7 +62,7 @@ def test_the_learned_router_stands_beside_its_nulls() -> None:
     assert "toy. 4,000 tokens of 50 documents; at most 2.00 bits" in view.caption
     assert "Information is not function" in view.caption and "Permuted: documents" in view.caption
     assert "layer 5 0.100 (redrawn median" in view.alt and "layers 2, 9" in view.alt
-    assert view.alt.endswith("layers 2, 9; above 1 untrained twin in layer 9.")
+    assert view.alt.endswith("layers 2, 9; above the untrained twin in layer 9.")
     assert view.png()
 
 
