@@ -48,7 +48,7 @@ _REDS = _ramp((0.96, 0.60, 0.42), (0.84, 0.30, 0.22), (0.42, 0.00, 0.08))
 # Nothing is nothing: at 0 the picture is bare.
 _AMOUNT = np.interp(_SHADES, [0, 0.05, 1], [0.0, 0.30, 0.88])
 VEIL = ListedColormap(_veil(_BLUES, _AMOUNT))
-# Tinted at once on both sides: a picture file has 256 colours, and a faint one may turn.
+# Tinted at once on both sides: a notebook's photograph has few colours, and a faint one may turn.
 DIVERGING_VEIL = ListedColormap(np.vstack([_veil(_BLUES, _AMOUNT)[:0:-1], _veil(_REDS, _AMOUNT)]))
 # Hues for up to eight experts, black weaker than the others.
 HUES = np.array([to_rgba(c, 0.3 if name == "black" else 0.55) for name, c in OKABE_ITO.items()])

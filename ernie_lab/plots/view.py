@@ -16,13 +16,12 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from PIL import Image
 
+from ernie_lab.plots.png import compressed
 from ernie_lab.plots.style import INK, MUTED, style
 from ernie_lab.plots.tokens import drawable
 
 DPI = 144  # 1.5 picture pixels per CSS pixel, sharp on most screens,
 _NOTEBOOK_PIXELS = 2.4e6  # until the picture is so large that a notebook file would feel it
-# Fewer colours where they save this much, as in noisy pictures; a heat map keeps all of its own.
-_COLOURS, _FEW, _WORTH = 256, 160, 0.9
 CSS_PER_INCH = 96
 # Not a limit of matplotlib: what a notebook can still scroll through.
 MAX_MEGAPIXELS = 40
@@ -46,7 +45,13 @@ class View:
         self.note = note
 
     def png(self, dpi: float | None = None) -> bytes:
-        """PNG of at most 256 colours: a third of the bytes, no visible difference here."""
+        """PNG in which a colour that fills 2 x 2 pixels or more is exactly what was drawn.
+
+        The edges of letters and lines share what 256 colours leave, where the areas leave any;
+        else the picture has true colours. Without `dpi`, for a notebook, the pixels of a
+        photograph and the veils over them are approximated too: `dpi=` or `save` keeps them.
+        """
+        small = dpi is None
         width, height = self.figure.get_size_inches()
         dpi = min(DPI, (_NOTEBOOK_PIXELS / (width * height)) ** 0.5) if dpi is None else dpi
         megapixels = width * height * dpi**2 / 1e6
@@ -59,8 +64,7 @@ class View:
         self._write(raw, "png", dpi)
         with Image.open(raw) as image:
             rgb = image.convert("RGB")
-        many, few = (_indexed(rgb, colours, dpi) for colours in (_COLOURS, _FEW))
-        return few if len(few) < _WORTH * len(many) else many
+        return compressed(rgb, dpi, small=small)
 
     def save(self, path: str | os.PathLike[str], dpi: float = 200) -> Path:
         """Write png, svg or pdf by the suffix; all or nothing. Returns the path."""
@@ -152,13 +156,6 @@ class Sheet:
         place(
             wrapped, x=0.008, ha="left", fontsize=points, fontfamily=fonts, linespacing=1.35, **look
         )
-
-
-def _indexed(rgb: Image.Image, colours: int, dpi: float) -> bytes:
-    palette = rgb.quantize(colours, Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE)
-    small = io.BytesIO()
-    palette.save(small, "png", compress_level=9, dpi=(dpi, dpi))
-    return small.getvalue()
 
 
 def write_atomic(path: Path, data: bytes) -> None:
