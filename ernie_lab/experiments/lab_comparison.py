@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ernie_lab.experiments.noise import Variant
-from ernie_lab.interventions.bootstrap import draws_of, estimate
+from ernie_lab.interventions.bootstrap import draws_of, estimate, few_drawn
 from ernie_lab.interventions.comparison import WORDS, by_column
 from ernie_lab.interventions.summary import (
     Layout,
@@ -155,8 +155,9 @@ class LabComparison:
             )
         unlike, by_lot = self.settings["other_routing"], self.settings["flips_by_lot"]
         why = f" No set flips: {unlike}." if unlike else f" Flips of two lots: {by_lot:.3g}."
+        few = few_drawn(self.tokens["document"].nunique())
         return (
-            f"Of b against a; 95 % interval, paired bootstrap over documents; {told}.{why} "
+            f"Of b against a; 95 % interval, paired bootstrap over documents; {told}.{few}{why} "
             ".summary, .tokens, .sequences, .routing, .noise, .by(column), .save(folder)"
         )
 

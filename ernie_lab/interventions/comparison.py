@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ernie_lab.interventions.bootstrap import draws_of, estimate
+from ernie_lab.interventions.bootstrap import draws_of, estimate, few_drawn
 from ernie_lab.interventions.summary import BUILT_IN, exceeds, lost
 from ernie_lab.interventions.tables import load_tables, save_tables
 from ernie_lab.trace.provenance import Provenance
@@ -125,12 +125,14 @@ class Comparison:
     def _foot(self) -> str:
         runs = len(self.noise)
         floor = (
-            f"± floor: 95th percentile over {runs} equivalent runs; * exceeds it"
+            f"± floor: 95th percentile over {runs} equivalent runs; * beyond it, and no effect is "
+            "outside the interval"
             if runs
             else "no noise floor was measured (noise=0)"
         )
+        few = few_drawn(int(self.conditions["n_documents"].iloc[0]))
         return (
-            f"[95 % interval, paired bootstrap over documents]; {floor}. "
+            f"[95 % interval, paired bootstrap over documents]; {floor}.{few} "
             ".conditions, .tokens, .sequences, .routing, .edits, .noise, .by(column), .save(folder)"
         )
 
@@ -154,8 +156,17 @@ class Comparison:
             cell += f" [{low:.3g}, {high:.3g}]"
         if not np.isnan(floor):
             size = 1 - floor if metric == "top1_agreement" else floor
-            cell += f" ±{size:.1g}" + ("*" if exceeds(metric, value, floor) else "")
+            cell += f" ±{size:.1g}" + ("*" if _is_told(metric, value, low, high, floor) else "")
         return cell
+
+
+def _is_told(metric: str, value: float, low: float, high: float, floor: float) -> bool:
+    """What a filled dot of `plot_effects` is: beyond the floor, and the interval without 0.
+
+    Of one document there is no interval: the floor alone decides.
+    """
+    none = 1.0 if metric == "top1_agreement" else 0.0
+    return exceeds(metric, value, floor) and not low <= none <= high
 
 
 def by_column(

@@ -9,6 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.colors import Normalize
 from numpy.typing import NDArray
 
+from ernie_lab.interventions.bootstrap import few_drawn
 from ernie_lab.plots.given import require
 from ernie_lab.plots.style import DEVIATION, INK, RULE
 from ernie_lab.plots.tokens import drawable, shortened
@@ -145,6 +146,7 @@ def _caption(
     numbers = "Numbers: percent of its tokens. " if n_experts <= _MOST_NUMBERS else ""
     half = np.nanmedian(high_CE - low_CE) / 2 if np.isfinite(low_CE).any() else np.nan
     sure = f" Median 95 % interval over documents: ± {100 * half:.1f} points." if half >= 0 else ""
+    sure += few_drawn(int(found.attrs["n_documents"])) if sure else ""
     return (
         f"{model + '. ' if model else ''}Share of a {label}'s tokens that have the expert among "
         f"their {chosen} (OLMoE's domain specialisation). {numbers}White: {100 * fair:.1f} %, what "

@@ -10,6 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
+from ernie_lab.interventions.bootstrap import few_drawn
 from ernie_lab.plots.pictures import Floats
 from ernie_lab.plots.style import INK, MUTED, OKABE_ITO, RULE
 from ernie_lab.plots.tokens import drawable, shortened
@@ -221,9 +222,10 @@ def in_words(table: pd.DataFrame) -> str:
 
 
 def said_of_interval(table: pd.DataFrame) -> str:
-    if int(table["n_documents"].iloc[0]) < 2:
+    n = int(table["n_documents"].iloc[0])
+    if n < 2:
         return "One document: no interval."
-    return "Lines: 95 % interval, paired bootstrap over documents."
+    return f"Lines: 95 % interval, paired bootstrap over documents.{few_drawn(n)}"
 
 
 def said_of_floor(floor: float, words: Metric, n_runs: int) -> str:

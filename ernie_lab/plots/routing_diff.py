@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from ernie_lab.analysis.routing_diff import RoutingDiff
 from ernie_lab.display import ranges
+from ernie_lab.interventions.bootstrap import few_drawn
 from ernie_lab.plots.given import require
 from ernie_lab.plots.style import AMOUNT, INK, MUTED, OKABE_ITO, RULE
 from ernie_lab.plots.token_names import Tokens, names
@@ -213,7 +214,7 @@ def _caption(
         else " No noise floor: no equivalent runs were given."
     )
     ends = (
-        " Lines: 95 % intervals over documents."
+        f" Lines: 95 % intervals over documents.{few_drawn(documents)}"
         if diff.n_documents > 1
         else " One document, so no intervals."
     )

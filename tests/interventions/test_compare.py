@@ -133,6 +133,7 @@ def test_the_floor_is_small_and_not_zero_in_float32(found: Comparison) -> None:
     assert 0 < row["norm_floor"] < 1e-3
     assert "*" in repr(found).splitlines()[2]
     assert "*" not in repr(found).splitlines()[4]
+    assert "Intervals are over 2 documents only: too narrow for 95 %." in repr(found)
 
 
 def test_no_equivalent_run_is_the_base_run() -> None:

@@ -15,6 +15,7 @@ from ernie_lab.interventions.bootstrap import (
     draws_of,
     ends,
     estimate,
+    few_drawn,
     interval,
 )
 from ernie_lab.interventions.fingerprint import CannotFingerprint, fingerprint
@@ -104,6 +105,12 @@ def test_intervals_of_draws_by_hand() -> None:
     both[0, 0] = math.nan
     assert ends(both)[:, 1] == pytest.approx([10.25, 19.75])
     assert ends(both)[0, 0] == pytest.approx(1.001 + 0.025 * 0.999)
+
+
+def test_few_documents_are_said_to_be_too_few() -> None:
+    said = " Intervals are over 3 documents only: too narrow for 95 %."
+    assert few_drawn(3) == said
+    assert [few_drawn(n) for n in (1, 6, 40)] == ["", "", ""], "one has none; six are not few"
 
 
 def test_the_basic_interval_turns_the_draws_round_the_value() -> None:
