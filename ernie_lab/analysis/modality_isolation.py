@@ -45,7 +45,9 @@ class Runs(Protocol):
 
 @dataclass(frozen=True, slots=True, eq=False, repr=False)
 class ModalityIsolation:
-    """`report`: which bank every token used, recomputed (`isolation_report`). `routers`: the rows
+    """`model`: its name, and the edits of the run.
+
+    `report`: which bank every token used, recomputed (`isolation_report`). `routers`: the rows
     of the two routers (`router_alignment`, centred). `shared`: the shared block beside the routed
     experts, None where there is none (`shared_to_routed`). `attention`: who looks at whom
     (`attention_mass`). The first two are what is apart, the last two what the modalities share.
@@ -101,7 +103,7 @@ def modality_isolation(
         content = trace.tokens["content"].tolist()
         shared = shared_to_routed(trace["moe.shared_out"], trace["moe.routed_out"], content)
     return ModalityIsolation(
-        model=lab.model_id,
+        model=", ".join(filter(None, (lab.model_id, trace.provenance.edited))),
         report=report,
         routers=router_alignment(model, centred=True),
         shared=shared,

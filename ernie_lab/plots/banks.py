@@ -59,10 +59,15 @@ def plot_banks(
                 load_LE, n_tokens=n_tokens, k=k, layers=numbers, ax=ax,
                 title=f"{bank} bank: {n_tokens:,} tokens",
             )  # fmt: skip
-            references.append(f"{bank}: N = {n_tokens:,} tokens x {k} of {n} experts")
+            unused = int((load_LE == 0).sum())
+            references.append(
+                f"{bank}: N = {n_tokens:,} tokens x {k} of {n} experts"
+                + (f", {unused} of {load_LE.size} without any token" if unused else "")
+            )
         text = (
             f"{name + '. ' if name else ''}{'; '.join(references)}. White: the fair share, "
-            f"{1 / n:.2%} of the bank's slots. Darkest blue, or ×: no token at all. Above MaxVio "
+            f"{1 / n:.2%} of the bank's slots. The darkest blue is the end of the bar "
+            "or less; × (if they are few): no token at all. Above MaxVio "
             "(the busiest expert's excess over the fair share) stands what uniform routing of as "
             "many tokens exceeds in 5 % of draws; bold is beyond that. The banks have different "
             "experts: expert 5 of one is not expert 5 of the other."

@@ -91,7 +91,7 @@ def plot_expert_map(
         trace, ledger = ids, ids.routing(_bank(ids, bank) or None)
         ids, expert_weights, n_experts = ledger.expert_ids, ledger.expert_weights, trace.n_experts
         tokens = trace.tokens if tokens is None else tokens
-        model = model or model_name(trace, None)
+        model = model_name(trace, model or None)
     elif hasattr(ids, "expert_ids"):
         n_experts, bank = n_experts_of(ids), _own_bank(ids, bank)
         ids, expert_weights = ids.expert_ids, ids.expert_weights

@@ -193,10 +193,11 @@ def bank_of(trace: TraceLike, bank: str) -> Any:
 
 
 def model_name(trace: Any, model: str | None) -> str:
-    """The name for captions: given, or the trace's own."""
-    if model is not None:
-        return model
-    return str(getattr(getattr(trace, "provenance", None), "model", ""))
+    """The name for captions, given or the trace's own, and what the run was edited with."""
+    source = getattr(trace, "provenance", None)
+    name = str(getattr(source, "model", "")) if model is None else model
+    edited = str(getattr(source, "edited", ""))
+    return name if edited in name else ", ".join(filter(None, (name, edited)))
 
 
 def chosen_layers(

@@ -16,6 +16,7 @@ from ernie_lab.plots.expert_load import plot_expert_load
 from ernie_lab.plots.expert_map import MAX_TOKENS, plot_expert_map
 from ernie_lab.plots.image_experts import plot_clip_experts, plot_image_experts
 from ernie_lab.plots.modality_attention import plot_modality_attention
+from ernie_lab.plots.pictures import model_name
 from ernie_lab.plots.report import MAX_BYTES, Item, Section, report
 from ernie_lab.plots.router_token import plot_router_token
 from ernie_lab.plots.token_text import token_html
@@ -67,7 +68,7 @@ def trace_report(
             f"{' …' if len(trace.sites) > 4 else ''}. A report shows routing and attention: run "
             'again with keep="routing" or keep=["routing", "attn.pattern"]'
         )
-    one = Reported(trace.provenance.model, trace)
+    one = Reported(model_name(trace, None), trace)
     sections = [Section("What this is", _facts(trace)), *_each_sequence("", one)]
     return report(
         path,

@@ -59,7 +59,7 @@ def counts(trace: Trace) -> str:
 
 
 def notes(trace: Trace) -> list[str]:
-    found = []
+    found = [trace.provenance.edited] if trace.provenance.edited else []
     if trace.media:
         grids = [
             f"{number}: {picture.kind} of "

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
 
+_EDIT = 60  # characters of the first edit that are shown
 _LIBRARIES = ("ernie-lab", "torch", "numpy", "safetensors")
 
 
@@ -55,6 +56,15 @@ class Provenance:
 
     def as_json(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
+
+    @property
+    def edited(self) -> str:
+        """`edited: …`, the edits of the run in a few words; empty where there were none."""
+        edits = list(self.details.get("edits") or ())
+        if not edits:
+            return ""
+        first = edits[0] if len(edits[0]) <= _EDIT else edits[0][: _EDIT - 1] + "…"
+        return f"edited: {first}" + (f" and {len(edits) - 1} more" if len(edits) > 1 else "")
 
     def line(self) -> str:
         """The essentials, for a repr."""

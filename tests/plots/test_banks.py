@@ -1,5 +1,6 @@
 """Two banks of experts: never on one axis; tokens of pictures by their place; who looks at whom."""
 
+import dataclasses
 import re
 
 import numpy as np
@@ -12,6 +13,7 @@ from plots.cases import VisionTrace
 from ernie_lab import plots
 from ernie_lab.analysis.balance import load, multinomial_reference
 from ernie_lab.plots.trace_report import Reported, reportable, routing_report
+from ernie_lab.trace.provenance import Provenance
 
 
 @pytest.fixture(scope="module")
@@ -38,6 +40,35 @@ def test_banks_have_a_panel_and_a_reference_each(trace):
     assert "N = 12 tokens x 2 of 8" in view.caption and "N = 18" in view.caption
     assert "text bank" in view.alt and "vision bank" in view.alt
     assert view.png()
+
+
+def test_experts_without_a_token_are_counted_not_told_by_the_darkest_blue(trace):
+    view = plots.plot_banks(trace)
+    for bank in ("text", "vision"):
+        ids = trace.routing(bank).expert_ids.values
+        unused = sum(int((load(layer, 8) == 0).sum()) for layer in ids)
+        said = f"{unused} of 16 without any token" in view.caption
+        assert said if unused else "without any" not in view.caption.split(f"{bank}:")[1][:60]
+    assert "is the end of the bar or less" in view.caption
+
+
+def test_figures_of_an_edited_run_say_so_once(recorded):
+    edits = ["routing.forbid([3], layers=[1])", "two"]
+    source = Provenance(model="m", details={"edits": edits})
+    trace = dataclasses.replace(recorded, provenance=source)
+    said = "m, edited: routing.forbid([3], layers=[1]) and 1 more"
+    assert said.removeprefix("m, ") in repr(trace)
+    assert "edited" not in repr(recorded)
+    for view in (
+        plots.plot_banks(trace),
+        plots.plot_image_experts(trace),
+        plots.plot_expert_map(trace.sel(sequence=2), bank="text"),
+    ):
+        assert view.caption.count(said) == 1
+    assert plots.plot_banks(trace, model=said).caption.count("edited") == 1
+    assert "edited" not in plots.plot_banks(recorded).caption
+    long = Provenance(model="m", details={"edits": ["x" * 99]})
+    assert long.edited == f"edited: {'x' * 59}…"
 
 
 def test_a_bank_without_tokens_says_so():
