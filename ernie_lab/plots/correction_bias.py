@@ -115,12 +115,15 @@ def _panel(ax: Axes, ledger: BiasLedger, layer: int) -> None:
         **look,
     )
     ax.scatter(bias, load, s=24, color=_WITH, label="with it", **look)
-    apart, last = 0.045 * float(np.ptp(bias)), -np.inf
+    apart = 0.045 * float(np.ptp(bias))
     order = np.argsort(bias)
-    for i in dict.fromkeys([*order[:2].tolist(), *order[-2:].tolist()]):
-        if bias[i] - last < apart:
-            continue  # its number would lie on its neighbour's
-        last = bias[i]
+    numbered: list[int] = []
+    for i in dict.fromkeys(
+        [*order[[0, -1]].tolist(), *order[1:2].tolist(), *order[-2:-1].tolist()]
+    ):
+        if any(abs(bias[i] - bias[other]) < apart for other in numbered):
+            continue  # its number would lie on one of the extremes', which come first
+        numbered.append(i)
         ax.annotate(
             str(experts.index[i]), (bias[i], max(without[i], load[i])), xytext=(0, 5),
             textcoords="offset points", ha="center", fontsize=7, color=MUTED,

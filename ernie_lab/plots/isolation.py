@@ -139,7 +139,14 @@ def _routers(ax: Axes, of: ModalityIsolation) -> None:
         handle("root mean square", OKABE_ITO["vermillion"]),
         Line2D([], [], color=MUTED, lw=1, ls=":", label="two random rows"),
     ]
-    ax.legend(handles=handles, loc="lower right", frameon=True, framealpha=0.85, edgecolor="none")
+    ax.legend(
+        handles=handles,
+        loc="upper center",
+        bbox_to_anchor=(0.5, -0.17),
+        ncols=3,
+        columnspacing=1.0,
+        handletextpad=0.4,
+    )  # below: points may lie anywhere in the panel
     panel_name(
         ax, "Apart: the two routers",
         f"{n} text rows against {n} vision rows, each centred;\n"

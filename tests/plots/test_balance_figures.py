@@ -1,5 +1,7 @@
 """Figures of balance, of the correction bias and of margins: what is drawn, and their words."""
 
+import dataclasses
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -113,6 +115,18 @@ def test_bias_pairs_each_expert_without_and_with(ledger):
     single = plots.plot_correction_bias(ledger, layers=[5])
     assert f"95 % below {chance[5]:.2f})" in single.caption, "of the layer that is drawn"
     assert single.figure.axes[0].get_title(loc="left").startswith("layer 5")
+
+
+def test_the_extreme_biases_are_numbered_before_their_neighbours(ledger):
+    experts = ledger.experts.copy()
+    n = len(experts.loc[5])
+    bias = np.linspace(-0.2, 0.2, n)
+    bias[0], bias[1], bias[-2], bias[-1] = -1.0, -0.99, 0.99, 1.0  # too close for two numbers
+    experts.loc[5, "bias"] = bias
+    close = dataclasses.replace(ledger, experts=experts)
+    (ax,) = plots.plot_correction_bias(close, layers=[5]).figure.axes
+    names = [str(name) for name in experts.loc[5].index]
+    assert {text.get_text() for text in ax.texts} == {names[0], names[-1]}
 
 
 def test_bias_of_many_layers_is_three_maps_in_the_order_of_the_bias(large_ledger):

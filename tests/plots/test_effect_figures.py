@@ -67,6 +67,12 @@ def test_an_effect_is_filled_where_interval_and_floor_both_say_so():
     }
 
 
+def test_a_star_of_the_table_is_a_filled_dot_of_the_figure():
+    starred = [line for line in repr(FOUND).splitlines()[2:-1] if "*" in line]
+    assert [line.split("  ")[0] for line in starred] == ["clear"]
+    assert "no effect is outside the interval" in repr(FOUND)
+
+
 def test_words_of_the_figure():
     view = plots.plot_effects(FOUND)
     ax = view.figure.axes[0]

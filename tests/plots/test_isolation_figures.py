@@ -238,3 +238,10 @@ def _cka(n):
         dims=("layer", "other"), coords={"layer": range(n), "other": range(n)},
     )  # fmt: skip
     return LayerCKA(value, value, value, 0.05, 256, 20)
+
+
+def test_the_legend_of_the_routers_is_below_its_panel():
+    view = plots.plot_isolation(isolation())
+    view.png(dpi=50)
+    ax = view.figure.axes[1]
+    assert ax.get_legend().get_window_extent().y1 < ax.get_window_extent().y0
