@@ -66,10 +66,12 @@ def plot_modality_attention(
         bar.set_label("share of attention")
         bar.outline.set_edgecolor(RULE)
         source = model_name(trace, model)
+        n_sequences = len(set(trace.tokens["sequence"]))
+        which = f"Sequence {one} of {n_sequences}, counted from 0. " if n_sequences > 1 else ""
         text = (
-            f"{source + '. ' if source else ''}Each panel: the tokens that look (how many); each "
-            "column: where they look, grey where they cannot. Percent of the attention, mean over "
-            f"those tokens and {n_heads} head{'s' if n_heads > 1 else ''}; a row sums to 100. "
+            f"{source + '. ' if source else ''}{which}Each panel: the tokens that look (how many); "
+            "each column: where they look, grey where they cannot. Percent of the attention, mean "
+            f"over those tokens and {n_heads} head{'s' if n_heads > 1 else ''}; a row sums to 100. "
             "Even: what looking evenly at every visible token would give. The first token often "
             "takes what a head has no use for, so it is apart."
         )

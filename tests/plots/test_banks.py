@@ -232,3 +232,9 @@ def test_patches_of_the_tower_see_each_other():
     view = plots.plot_attention(pattern, layer=0, head=0)
     assert not np.ma.getmaskarray(view.figure.axes[0].images[0].get_array()).any()
     assert "cannot see" not in view.caption
+
+
+def test_the_caption_of_several_sequences_says_which(recorded):
+    view = plots.plot_modality_attention(recorded, sequence=1)
+    assert "Sequence 1 of 3, counted from 0" in view.caption
+    assert "Sequence" not in plots.plot_modality_attention(recorded.sel(sequence=1)).caption
