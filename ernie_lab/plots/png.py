@@ -13,7 +13,7 @@ _AREAS = 232  # exact colours that leave enough of them for the edges of letters
 _PHOTOGRAPH = 8192  # distinct colours that no drawing has
 # Of a photograph in a notebook: the ground and the frames stay exact, and the rest shares a few,
 # since each colour more is a notebook file that grows.
-_GROUND, _SHARED = 8, 128
+_GROUND, _SHARED = 8, 248
 
 
 def compressed(rgb: Image.Image, dpi: float, *, small: bool) -> bytes:
