@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     )
     from ernie_lab.corpus import CorpusError, RecordPlan, RoutingStore
     from ernie_lab.experiments import Effects, LabComparison, compare, compare_labs, effects
+    from ernie_lab.inference.forward import LossNotFiniteWarning
     from ernie_lab.inputs import (
         BatchError,
         ChatTemplateError,
@@ -93,6 +94,7 @@ __all__ = [
     "EditChangedNothingWarning",
     "EditError",
     "ImageError",
+    "LossNotFiniteWarning",
     "ModelUnavailable",
     "NotEnoughMemory",
     "NotKept",
@@ -111,6 +113,7 @@ _HOMES = {
     "checkpoint": ("CheckpointError ConfigError ModelUnavailable NotEnoughMemory save_model"),
     "corpus": "CorpusError RecordPlan RoutingStore",
     "experiments": "Effects LabComparison compare compare_labs effects",
+    "inference.forward": "LossNotFiniteWarning",
     "inputs": "BatchError ChatTemplateError ImageError PromptError VideoError",
     "interventions": "EditChangedNothingWarning EditError at edit",
     "interventions.comparison": "Comparison",

@@ -206,7 +206,7 @@ def null_p95s(draws_RX: ArrayLike) -> Floats:
     ordered_RX = np.sort(np.asarray(draws_RX, dtype=np.float64), axis=0)
     # In whole numbers: 0.95 * 20 is not exactly 19.
     rank = min(-(-95 * (len(ordered_RX) + 1) // 100), len(ordered_RX))
-    # NaN sorts last; a draw that is none says nothing of the others.
+    # NaN sorts last. With one among the draws no rank is known.
     return np.where(np.isnan(ordered_RX[-1]), np.nan, ordered_RX[rank - 1])
 
 

@@ -147,7 +147,7 @@ class EditTap:
         return not paths.isdisjoint(self.by_path) or may_change(self.then, paths)
 
     def reads(self, paths: frozenset[str], /) -> frozenset[str]:
-        return paths  # all that flows is looked at: which values are noted, and what follows
+        return (paths & self.noted) | cast("CandidTap", self.then).reads(paths)
 
     def accept(self, values: Mapping[str, Tensor], /) -> None:
         # Copies: an edit may write into what it reads, and `then` keeps these.

@@ -11,9 +11,9 @@ from PIL import Image
 _COLOURS = 256  # of an indexed PNG
 _AREAS = 232  # exact colours that leave enough of them for the edges of letters and lines
 _PHOTOGRAPH = 8192  # distinct colours that no drawing has
-# Of a photograph in a notebook: the ground and the frames stay exact, and the rest shares a few,
-# since each colour more is a notebook file that grows.
-_GROUND, _SHARED = 8, 248
+# Of a photograph in a notebook the ground and the frames stay exact, and the rest shares what is
+# left: more exact colours would leave fewer to share, and noise compresses badly.
+_GROUND = 8
 
 
 def compressed(rgb: Image.Image, dpi: float, *, small: bool) -> bytes:
@@ -28,10 +28,10 @@ def compressed(rgb: Image.Image, dpi: float, *, small: bool) -> bytes:
     distinct = np.unique(colour_YX)
     exact = distinct if len(distinct) <= _COLOURS else _areas(colour_YX)
     if small and len(distinct) > _PHOTOGRAPH:
-        return _indexed(rgb, colour_YX, exact[:_GROUND], _SHARED, dpi)
+        return _indexed(rgb, colour_YX, exact[:_GROUND], dpi)
     if len(distinct) > _PHOTOGRAPH or (len(distinct) > _COLOURS and len(exact) > _AREAS):
         return _written(rgb, dpi, 6)  # ten times faster than 9 here, for 3 % more bytes
-    return _indexed(rgb, colour_YX, exact, _COLOURS - len(exact), dpi)
+    return _indexed(rgb, colour_YX, exact, dpi)
 
 
 def _areas(colour_YX: NDArray[np.int64]) -> NDArray[np.int64]:
@@ -47,10 +47,9 @@ def _areas(colour_YX: NDArray[np.int64]) -> NDArray[np.int64]:
 
 
 def _indexed(
-    rgb: Image.Image, colour_YX: NDArray[np.int64], exact: NDArray[np.int64], shared: int,
-    dpi: float,
-) -> bytes:  # fmt: skip
-    """The `exact` colours as they are; all others by the nearest of `shared` more."""
+    rgb: Image.Image, colour_YX: NDArray[np.int64], exact: NDArray[np.int64], dpi: float
+) -> bytes:
+    """The `exact` colours as they are; all others by the nearest of as many as are left."""
     known = np.sort(exact)
     found_YX = np.searchsorted(known, colour_YX)
     rest_YX = np.append(known, -1)[found_YX] != colour_YX
@@ -58,7 +57,8 @@ def _indexed(
     palette = np.stack([known >> 16, known >> 8 & 255, known & 255], axis=1).astype(np.uint8)
     if rest_YX.any():
         rest = Image.fromarray(np.asarray(rgb)[rest_YX][None])
-        few = rest.quantize(shared, Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE)
+        left = _COLOURS - len(exact)
+        few = rest.quantize(left, Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE)
         index_YX[rest_YX] = len(known) + np.asarray(few)[0]
         more = np.array(few.getpalette(), dtype=np.uint8).reshape(-1, 3)
         palette = np.concatenate([palette, more])[:_COLOURS]

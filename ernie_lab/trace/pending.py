@@ -48,19 +48,21 @@ class Pending:
     def __init__(self) -> None:
         self.steps: list[Step] = []
         self.values: list[dict[str, Tensor]] = []
-        self._n_bytes = 0
+        self._n_bytes = 0  # of all but the last, to which more may come
 
     def __len__(self) -> int:
         return len(self.steps)
+
+    @property
+    def _last(self) -> int:
+        return sum(x.nbytes for x in self.values[-1].values()) if self.values else 0
 
     def takes(self, step: Step) -> bool:
         """Is there room, and is it like the ones put aside?"""
         if not self.steps:
             return True
-        # Now that the last one has ended. The next is taken to be as large.
-        last = sum(x.nbytes for x in self.values[-1].values())
-        self._n_bytes += last
-        full = len(self) >= MOST_STEPS or self._n_bytes + last > MOST_BYTES
+        # The last one has ended, and the next is taken to be as large.
+        full = len(self) >= MOST_STEPS or self._n_bytes + 2 * self._last > MOST_BYTES
         return not full and _kind(step) == _kind(self.steps[0])
 
     def begin(self, step: Step) -> Aside:
@@ -76,6 +78,7 @@ class Pending:
                 None if bank is None else bank.clone(),
             )
         )
+        self._n_bytes += self._last
         aside = Aside()
         self.values.append(aside.values)
         return aside

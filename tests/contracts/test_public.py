@@ -45,6 +45,7 @@ NAMES = [
     "EditChangedNothingWarning",
     "EditError",
     "ImageError",
+    "LossNotFiniteWarning",
     "ModelUnavailable",
     "NotEnoughMemory",
     "NotKept",
